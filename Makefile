@@ -1,0 +1,45 @@
+# Every target makes the environment it needs. DENSITYRM_HOME holds all state, DENSITYRM_EXPERIMENT selects the experiment.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export MLFLOW_DISABLE_TELEMETRY ?= true
+
+.PHONY: help venv demo up test lint bench clean
+
+help:
+	@echo "make demo   run the experiment end to end and print the verdict"
+	@echo "make up     open the Dagster and MLflow interfaces"
+	@echo "make test   run the tests        make lint   check style, types and imports"
+	@echo "make bench  run the benchmarks   make clean  remove the environment and caches, never results"
+
+venv: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[offline,dev]"
+	touch $@
+
+demo: venv
+	$(BIN)/densityrm demo
+
+up: venv
+	@exec $(BIN)/densityrm up
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+bench: venv
+	$(BIN)/python -m benchmarks.all
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -not -path "./.git/*" -prune -exec rm -rf {} +
