@@ -1,0 +1,197 @@
+"""The schema of every table: columns, dtypes, meaning. Whatever is stored is checked against these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+
+class TableError(ValueError):
+    """A frame does not have the columns or dtypes that its table promises."""
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    dtype: pl.DataType | type[pl.DataType]
+    meaning: str
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A named schema. `width` of an embedding is known only when the encoder is, so `Array` matches any width."""
+
+    name: str
+    meaning: str
+    columns: tuple[Column, ...]
+
+    @property
+    def schema(self) -> pl.Schema:
+        return pl.Schema({c.name: c.dtype for c in self.columns})
+
+    def empty(self) -> pl.DataFrame:
+        return pl.DataFrame(schema=self.schema)
+
+    def frame(self, rows: Sequence[Mapping[str, object]]) -> pl.DataFrame:
+        """A frame of this table from a list of row dicts; columns absent from a row are null."""
+        return pl.DataFrame(rows, schema=self.schema, orient="row") if rows else self.empty()
+
+    def check(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """Return `frame` unchanged, or raise TableError naming every column that differs."""
+        have, want = frame.schema, self.schema
+        faults = [f"column {n!r} is missing" for n in want if n not in have]
+        faults += [f"column {n!r} is not part of the table" for n in have if n not in want]
+        faults += [
+            f"column {n!r} is {have[n]}, not {dtype}" for n, dtype in want.items() if n in have and not _same(have[n], dtype)
+        ]
+        if not faults:
+            required = [c.name for c in self.columns if not c.nullable]
+            nulls = frame.select(pl.col(required).null_count())
+            faults = [f"column {n!r} has {nulls[n][0]} nulls" for n in required if nulls[n][0]]
+        if faults:
+            raise TableError(f"table {self.name}: " + "; ".join(faults))
+        return frame
+
+
+def _same(have: pl.DataType, want: pl.DataType) -> bool:
+    if isinstance(want, pl.Array) and isinstance(have, pl.Array):
+        return have.inner == want.inner
+    return have == want
+
+
+TURN = pl.Struct({"role": pl.String(), "content": pl.String()})
+EMBEDDING = pl.Array(pl.Float32(), 0)  # 0 stands for "whatever the encoder gives"
+
+_PROMPT_ID = Column("prompt_id", pl.String(), "first 16 hex digits of the MD5 of the prompt's UTF-8 bytes")
+_SPLIT = Column("split", pl.String(), "train, validation, test or judge; a prompt is in exactly one")
+_SEED = Column("seed", pl.Int64(), "replicate of the experiment")
+
+_DECILE = Column("decile", pl.Int64(), "density decile of the prompt, cut on the training prompts: 1 the rarest tenth")
+_QUARTILE = Column("quartile", pl.Int64(), "density quartile of the prompt, cut on the training prompts: 1 the rarest quarter")
+
+_PAIR_COLUMNS = (
+    Column("pair_id", pl.String(), "uuid5 of context, chosen and rejected: the same content has the same id"),
+    _PROMPT_ID,
+    Column("prompt", pl.String(), "first human turn: the text whose density counts"),
+    Column("context", pl.List(TURN), "turns both replies answer, oldest first; the last one is the user's"),
+    Column("chosen", pl.String(), "the preferred reply"),
+    Column("rejected", pl.String(), "the other reply"),
+    Column("score_chosen", pl.Float32(), "the source's score of the preferred reply, in the source's units", nullable=True),
+    Column("score_rejected", pl.Float32(), "the source's score of the other reply", nullable=True),
+    Column("src", pl.String(), "hh, ultrafeedback or stack_exchange"),
+    Column("origin", pl.String(), "file and row (1-based) that the pair was read from"),
+)
+
+SOURCE_PAIRS = Table("source_pairs", "canonical preference pairs of one source", _PAIR_COLUMNS)
+
+REJECTS = Table(
+    "rejects",
+    "what could not become a pair, and why",
+    (
+        Column("src", pl.String(), "source the row belongs to"),
+        Column("origin", pl.String(), "file and row (1-based)"),
+        Column("reason", pl.String(), "one word of the list in densityrm_core.sources.rows"),
+        Column("detail", pl.String(), "what exactly was wrong"),
+        Column("pairs", pl.Int64(), "how many candidate pairs this line stands for"),
+        Column("raw", pl.String(), "the row as it was read"),
+    ),
+)
+
+PREFERENCE_PAIRS = Table("preference_pairs", "the union of all sources: deduplicated, split by prompt", (*_PAIR_COLUMNS, _SPLIT))
+
+PROMPTS = Table(
+    "prompts",
+    "every unique prompt",
+    (
+        _PROMPT_ID,
+        Column("prompt", pl.String(), "the text"),
+        _SPLIT,
+        Column("pairs", pl.Int64(), "preference pairs with this prompt"),
+        Column("sources", pl.List(pl.String()), "sources the prompt occurs in, sorted"),
+    ),
+)
+
+PROMPT_EMBEDDINGS = Table(
+    "prompt_embeddings",
+    "a unit vector for every prompt",
+    (_PROMPT_ID, _SPLIT, Column("embedding", EMBEDDING, "embedding of unit Euclidean length")),
+)
+
+DENSITY_WEIGHTS = Table(
+    "density_weights",
+    "how lonely every prompt is, and how often it is sampled",
+    (
+        _PROMPT_ID,
+        _SPLIT,
+        Column("pairs", pl.Int64(), "preference pairs with this prompt"),
+        Column("group", pl.String(), "prompt_id of the representative of its near-duplicates (itself if it has none)"),
+        Column("log_distance", pl.Float64(), "mean natural log of the distance to the k nearest training prompts"),
+        Column("density", pl.Float64(), "exp(-log_distance): inverse geometric-mean distance"),
+        _DECILE,
+        _QUARTILE,
+        Column(
+            "weight",
+            pl.Float64(),
+            "sampling probability of the prompt; null outside the training split, which is never drawn",
+            True,
+        ),
+    ),
+)
+
+RM_EVALUATION = Table(
+    "rm_evaluation",
+    "what each reward model thinks of every test pair",
+    (
+        _SEED,
+        Column("model", pl.String(), "rm_uniform or rm_density"),
+        Column("pair_id", pl.String(), "the test pair"),
+        _PROMPT_ID,
+        Column("src", pl.String(), "source of the pair"),
+        _DECILE,
+        _QUARTILE,
+        Column("reward_chosen", pl.Float64(), "reward of the preferred reply"),
+        Column("reward_rejected", pl.Float64(), "reward of the other reply"),
+        Column("correct", pl.Float64(), "1 if chosen scores higher, 0 if lower, 0.5 if equal"),
+        Column("longer_chosen", pl.Float64(), "1 if the preferred reply is the longer one, 0 if shorter, 0.5 if equal"),
+        Column("fingerprint", pl.String(), "hash of the experiment that made this row"),
+    ),
+)
+
+POLICY_EVALUATION = Table(
+    "policy_evaluation",
+    "what each policy writes for every held-out prompt, and what the judge says of it",
+    (
+        _SEED,
+        Column("policy", pl.String(), "base, a, b, c or d"),
+        _PROMPT_ID,
+        _DECILE,
+        _QUARTILE,
+        Column("sample", pl.Int64(), "number of the completion; 0 is the greedy one"),
+        Column("completion", pl.String(), "the reply"),
+        Column("judge_reward", pl.Float64(), "reward by the judge, in the judge's units"),
+        Column(
+            "own_reward",
+            pl.Float64(),
+            "standardised reward by the reward model the arm trained on; null for the base policy",
+            True,
+        ),
+        Column("kl", pl.Float64(), "log pi(y|x) - log pi_base(y|x), summed over the reply, in nats"),
+        Column("tokens", pl.Int64(), "length of the reply in tokens, end-of-sequence included"),
+        Column("fingerprint", pl.String(), "hash of the experiment that made this row"),
+    ),
+)
+
+METRICS = Table(
+    "metrics",
+    "the curve of one training run, one row a step and metric",
+    (
+        Column(
+            "step", pl.Int64(), "x axis: pairs seen (reward models), completions seen (policies), sequences seen (base model)"
+        ),
+        Column("metric", pl.String(), "name, as in MLflow"),
+        Column("value", pl.Float64(), "value"),
+    ),
+)
