@@ -1,0 +1,149 @@
+"""Load, build and save models and tokenizers as Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from densityrm_core.experiment import BaseModelSettings
+from densityrm_core.streams import stream_seed
+from densityrm_core.tokens import CHAT_TEMPLATE, Codec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CARD = "densityrm.json"
+_SPECIAL = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>")
+
+
+class ModelError(ValueError):
+    """A model cannot be loaded or used; the message says which and what to do."""
+
+
+def scratch_model(texts: Iterable[str], settings: BaseModelSettings) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A small untrained Qwen3 decoder and a byte-level BPE tokenizer trained on `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = list(_SPECIAL)
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=special[0], pad_token=special[1], additional_special_tokens=special[2:]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    head_size = 32
+    config = Qwen3Config(
+        vocab_size=bpe.get_vocab_size(),
+        hidden_size=settings.hidden_size,
+        intermediate_size=3 * settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.hidden_size // head_size,
+        num_key_value_heads=settings.hidden_size // head_size,
+        head_dim=head_size,
+        max_position_embeddings=max(512, settings.max_prompt_tokens + settings.max_reply_tokens),
+        tie_word_embeddings=True,
+        eos_token_id=bpe.token_to_id(special[0]),
+        pad_token_id=bpe.token_to_id(special[1]),
+        bos_token_id=None,
+    )
+    torch.manual_seed(stream_seed(0, "base model", "init"))
+    return AutoModelForCausalLM.from_config(config), tokenizer
+
+
+def load_causal_lm(source: str | Path, device: str = "cpu") -> Any:
+    """A `…ForCausalLM` from a folder or hub id, in float32, without dropout.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, source, device)
+
+
+def load_reward_model(source: str | Path, device: str = "cpu") -> Any:
+    """A `…ForSequenceClassification` with one label from a folder or hub id, in float32, without dropout."""
+    from transformers import AutoModelForSequenceClassification
+
+    return _load(AutoModelForSequenceClassification, source, device)
+
+
+def new_reward_model(base: str | Path, seed: int, device: str = "cpu") -> Any:
+    """The base model with a fresh scalar head: weights ~ N(0, 1/hidden), so that first rewards are of order one at most."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(stream_seed(seed, "reward model", "init"))
+    model = _load(AutoModelForSequenceClassification, base, device, num_labels=1)
+    with torch.no_grad():
+        head = torch.empty(model.score.weight.shape).normal_(std=1 / (model.config.get_text_config().hidden_size + 1))
+        model.score.weight.copy_(head)
+    return model
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id, with a padding token of its own and a chat template."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    return tokenizer
+
+
+def load_codec(folder: str | Path) -> Codec:
+    """The codec a model folder was trained with."""
+    card = read_card(folder)
+    return Codec(load_tokenizer(folder), int(card["max_prompt_tokens"]), int(card["max_reply_tokens"]))
+
+
+def save_model(model: Any, codec: Codec, folder: Path, card: dict[str, Any]) -> None:
+    """Weights (safetensors), config, tokenizer, and a card of how the model came to be (densityrm.json)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.pad_token_id = codec.pad
+    model.save_pretrained(folder)
+    codec.tokenizer.save_pretrained(str(folder))
+    limits = {"max_prompt_tokens": codec.max_prompt_tokens, "max_reply_tokens": codec.max_reply_tokens}
+    (folder / _CARD).write_text(json.dumps({**limits, **card}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """What `save_model` noted about a model."""
+    path = Path(folder) / _CARD
+    if not path.exists():
+        raise ModelError(f"{path} is missing: {folder} was not written by densityrm")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def pick_device(device: str) -> str:
+    """`auto` -> cuda if there is one, else cpu; anything else as it is."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _load(cls: Any, source: str | Path, device: str, **config: Any) -> Any:
+    try:
+        model = cls.from_pretrained(str(source), dtype=torch.float32, attn_implementation="sdpa", **config)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: cannot be loaded as a {cls.__name__}: {_first_line(error)}") from error
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model.to(device)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

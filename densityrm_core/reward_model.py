@@ -1,0 +1,141 @@
+"""Reward models: Bradley-Terry training on sampled pairs, and scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+from torch import Tensor
+
+from densityrm_core.experiment import RewardModelSettings
+from densityrm_core.models import load_codec, new_reward_model
+from densityrm_core.packing import Ids, pack, rewards
+from densityrm_core.sampling import SystematicSampler
+from densityrm_core.streams import stream_seed
+from densityrm_core.tokens import Codec
+from densityrm_core.training import Plan, Watch, optimize
+
+_MAX_VALIDATION_PAIRS = 512
+_ROWS_AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class PreferenceTokens:
+    """A pair as ids: what both replies answer, and the two replies."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def train_reward_model(
+    base: Path,
+    pairs: pl.DataFrame,
+    weights: npt.NDArray[np.float64],
+    validation: pl.DataFrame,
+    settings: RewardModelSettings,
+    seed: int,
+    watch: Watch,
+    device: str = "cpu",
+) -> tuple[Any, Codec]:
+    """A reward model started from the base model's weights. Two of them differ in nothing but `weights`.
+
+    Args:
+        base: folder of the base model.
+        pairs, validation: tables.PREFERENCE_PAIRS, the training and the validation split.
+        weights: sampling weight of every training pair, (pairs,), any scale.
+        seed: decides the head's initial weights and the order of the pairs.
+    """
+    codec = load_codec(base)
+    model = new_reward_model(base, seed, device)
+    train, held_out = tokenize_pairs(pairs, codec), tokenize_pairs(validation.head(_MAX_VALIDATION_PAIRS), codec)
+    sampler = SystematicSampler(weights, len(train), stream_seed(seed, "reward model", "pairs"))
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        batch = [train[i] for i in sampler.batch(step, settings.pairs_per_step)]
+        chosen, rejected = _forward(model, batch, codec.pad)
+        loss = bradley_terry_loss(chosen, rejected) + settings.center_rewards * ((chosen + rejected) ** 2).mean()
+        with torch.no_grad():
+            margin = chosen - rejected
+            return loss, {"train/accuracy": correctness(margin).mean().item(), "train/margin": margin.mean().item()}
+
+    def after(step: int) -> dict[str, float] | None:
+        if not held_out or (step % settings.evaluate_every and step != settings.steps):
+            return None
+        margin = torch.cat([c - r for c, r in score_pairs(model, held_out, codec.pad)])
+        loss = torch.nn.functional.softplus(-margin).mean().item()
+        return {"eval/accuracy": correctness(margin).mean().item(), "eval/loss": loss, "eval/margin": margin.mean().item()}
+
+    plan = Plan(
+        settings.steps,
+        settings.pairs_per_step,
+        settings.learning_rate,
+        settings.warmup,
+        settings.weight_decay,
+        settings.max_grad_norm,
+    )
+    optimize(model, plan, watch, loss_at, after)
+    return model, codec
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Negative log-likelihood that `chosen` beats `rejected` under the Bradley-Terry model.
+
+    -log sigmoid(r_chosen - r_rejected), averaged over the batch [Bradley & Terry 1952; Ouyang et al. 2022, eq. 1].
+
+    Args:
+        chosen, rejected: scalar rewards, shape (pairs,), any float dtype; computed in float32.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if chosen.shape != rejected.shape:
+        raise ValueError(f"chosen has shape {tuple(chosen.shape)}, rejected {tuple(rejected.shape)}")
+    return torch.nn.functional.softplus(rejected.float() - chosen.float()).mean()
+
+
+def correctness(margin: Tensor) -> Tensor:
+    """1 where chosen scores higher, 0 where lower, 0.5 where equal."""
+    return (margin > 0).float() + 0.5 * (margin == 0).float()
+
+
+def tokenize_pairs(pairs: pl.DataFrame, codec: Codec) -> list[PreferenceTokens]:
+    """Ids of every row of `pairs` (tables.PREFERENCE_PAIRS), in order."""
+    columns = (pairs[name].to_list() for name in ("context", "chosen", "rejected"))
+    return [PreferenceTokens(codec.prompt(x), codec.reply(c), codec.reply(r)) for x, c, r in zip(*columns, strict=True)]
+
+
+def score_pairs(model: Any, pairs: Sequence[PreferenceTokens], pad: int) -> list[tuple[Tensor, Tensor]]:
+    """Rewards of chosen and rejected, a batch at a time in order; each (batch,), float32, on the CPU."""
+    scored: list[tuple[Tensor, Tensor]] = []
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(pairs), _ROWS_AT_A_TIME):
+            chosen, rejected = _forward(model, pairs[start : start + _ROWS_AT_A_TIME], pad)
+            scored.append((chosen.cpu(), rejected.cpu()))
+    model.train()
+    return scored
+
+
+def score_groups(model: Any, prompts: Sequence[Ids], groups: Sequence[Sequence[Ids]], pad: int) -> Tensor:
+    """Rewards of groups of replies to prompts, (sum of group sizes,), float32, on the CPU."""
+    model.eval()
+    rows = list(zip(prompts, groups, strict=True))
+    with torch.no_grad():
+        parts = [
+            rewards(model, pack(rows[start : start + _ROWS_AT_A_TIME], pad, model.device)).cpu()
+            for start in range(0, len(rows), _ROWS_AT_A_TIME)
+        ]
+    return torch.cat(parts)
+
+
+def _forward(model: Any, pairs: Sequence[PreferenceTokens], pad: int) -> tuple[Tensor, Tensor]:
+    batch = pack([(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs], pad, model.device)
+    chosen, rejected = rewards(model, batch).view(-1, 2).unbind(1)
+    return chosen, rejected

@@ -1,0 +1,49 @@
+"""Supervised fine-tuning of the base model on the chosen replies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+from torch import Tensor
+
+from densityrm_core.experiment import BaseModelSettings
+from densityrm_core.models import load_causal_lm, load_tokenizer, scratch_model
+from densityrm_core.packing import log_probs, pack
+from densityrm_core.sampling import SystematicSampler
+from densityrm_core.tokens import Codec
+from densityrm_core.training import Plan, Watch, optimize
+
+
+def train_base_model(pairs: pl.DataFrame, settings: BaseModelSettings, watch: Watch, device: str = "cpu") -> tuple[Any, Codec]:
+    """The policy every arm starts from: `settings.model`, or a small model built here, tuned on the chosen replies of `pairs`.
+
+    Args:
+        pairs: tables.PREFERENCE_PAIRS, the training split.
+    """
+    rows = list(zip(pairs["context"].to_list(), pairs["chosen"].to_list(), strict=True))
+    if settings.model == "scratch":
+        texts = (text for context, chosen in rows for text in (*(turn["content"] for turn in context), chosen))
+        model, tokenizer = scratch_model(texts, settings)
+    else:
+        model, tokenizer = load_causal_lm(settings.model), load_tokenizer(settings.model)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+    model.to(device)
+    codec = Codec(tokenizer, settings.max_prompt_tokens, settings.max_reply_tokens)
+    if settings.steps:
+        _tune(model, codec, rows, settings, watch)
+    return model, codec
+
+
+def _tune(model: Any, codec: Codec, rows: list[tuple[Any, str]], settings: BaseModelSettings, watch: Watch) -> None:
+    sequences = [(codec.prompt(context), [codec.reply(chosen)]) for context, chosen in rows]
+    sampler = SystematicSampler(np.ones(len(sequences)), len(sequences), seed=0)
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        batch = pack([sequences[i] for i in sampler.batch(step, settings.batch_size)], codec.pad, model.device)
+        return -log_probs(model, batch).mean(), {}
+
+    plan = Plan(settings.steps, settings.batch_size, settings.learning_rate, weight_decay=0.05)
+    optimize(model, plan, watch, loss_at)

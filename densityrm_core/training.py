@@ -1,0 +1,116 @@
+"""What every loop shares: optimizer, schedule, clipping, metrics, and when to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from densityrm_core import tables
+
+
+class TrainingError(RuntimeError):
+    """Training went wrong (the message names the step); nothing was saved."""
+
+
+class TrainingStoppedError(RuntimeError):
+    """The run was asked to stop."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers every optimizer loop needs. `units` is how much one step adds to the x axis (pairs, completions...)."""
+
+    steps: int
+    units: int
+    learning_rate: float
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    log_every: int = 10
+
+
+@dataclass
+class Watch:
+    """Where a loop's metrics go: kept for the metrics table, and passed on to whoever watches.
+
+    `report(step, plan, metrics)` is called with the optimizer step (from 1), the plan and the metrics of this point.
+    """
+
+    report: Callable[[int, Plan, dict[str, float]], None] = lambda step, plan, metrics: None
+    should_stop: Callable[[], bool] = lambda: False
+    points: list[tuple[int, dict[str, float]]] = field(default_factory=list[tuple[int, dict[str, float]]])
+
+    def record(self, step: int, plan: Plan, metrics: dict[str, float]) -> None:
+        self.points.append((step * plan.units, metrics))
+        self.report(step, plan, metrics)
+
+    def frame(self) -> pl.DataFrame:
+        """All points so far, per tables.METRICS."""
+        rows = [{"step": at, "metric": name, "value": value} for at, metrics in self.points for name, value in metrics.items()]
+        return tables.METRICS.frame(rows)
+
+    def last(self, metric: str) -> float:
+        """The latest value of a metric."""
+        return next(metrics[metric] for _, metrics in reversed(self.points) if metric in metrics)
+
+
+def optimize(
+    model: Any,
+    plan: Plan,
+    watch: Watch,
+    loss_at: Callable[[int], tuple[Tensor, dict[str, float]]],
+    after: Callable[[int], dict[str, float] | None] = lambda step: None,
+    finished: Callable[[], bool] = lambda: False,
+) -> int:
+    """Minimise `loss_at(step)` with AdamW, warm-up + cosine and gradient clipping; returns the steps taken.
+
+    Args:
+        model: what is trained, in train mode afterwards.
+        loss_at: step (from 0) -> scalar loss and the metrics of the step, averaged over `plan.log_every` steps when recorded.
+        after: step (from 1) -> further metrics to record at this point, or None.
+        finished: true ends the loop early, as a success.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        TrainingStoppedError: `watch.should_stop()` said so.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True
+    )
+    model.train()
+    recent: list[dict[str, float]] = []
+    for step in range(plan.steps):
+        if watch.should_stop():
+            raise TrainingStoppedError(f"stopped before step {step + 1} of {plan.steps}")
+        rate = learning_rate_at(step, plan)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss, metrics = loss_at(step)
+        if not math.isfinite(loss.item()):
+            raise TrainingError(f"the loss is {loss.item()} at step {step + 1} of {plan.steps}; lower the learning rate")
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        recent.append({"train/loss": loss.item(), **metrics, "train/grad_norm": norm.item()})
+        further = after(step + 1) or {}
+        done = step + 1 == plan.steps or finished()
+        if further or done or (step + 1) % plan.log_every == 0:
+            means = {name: sum(m[name] for m in recent) / len(recent) for name in recent[0]}
+            watch.record(step + 1, plan, {**means, **further, "train/learning_rate": rate})
+            recent = []
+        if done:
+            return step + 1
+    return plan.steps
+
+
+def learning_rate_at(step: int, plan: Plan) -> float:
+    """Linear warm-up, then half a cosine to zero [Loshchilov & Hutter 2017]; step counts from 0."""
+    warm = min(1.0, (step + 1) / max(1.0, plan.warmup * plan.steps))
+    return plan.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
