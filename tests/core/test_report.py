@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import base64
+import json
+import re
+
+import numpy as np
+import polars as pl
+import pytest
+
+from densityrm_core.experiment import Experiment
+from densityrm_core.report import build_report
+from densityrm_core.tables import POLICY_EVALUATION, RM_EVALUATION
+
+EXPERIMENT = Experiment.model_validate({"evaluation": {"bootstrap": 300}})
+FINGERPRINT = EXPERIMENT.fingerprint
+
+
+def rm_rows(gain: float, seeds=(0, 1, 2), fingerprint: str = FINGERPRINT) -> pl.DataFrame:
+    """Uniform RM right on 60 % of the pairs, density RM on 60 % + gain of the rare ones; two pairs a prompt."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed in seeds:
+        for i in range(400):
+            quartile = i // 2 % 4 + 1
+            luck = rng.random()
+            for model in ("rm_uniform", "rm_density"):
+                p = 0.6 + (gain if model == "rm_density" and quartile == 1 else 0)
+                correct = float(luck < p) if gain else float(rng.random() < p)
+                rows.append(
+                    {"seed": seed, "model": model, "pair_id": f"pair{i}", "prompt_id": f"{i // 2}", "src": "hh",
+                     "decile": quartile * 2, "quartile": quartile, "reward_chosen": correct, "reward_rejected": 0.5,
+                     "correct": correct, "longer_chosen": float(i % 4 == 0), "fingerprint": fingerprint}
+                )  # fmt: skip
+    return RM_EVALUATION.check(RM_EVALUATION.frame(rows))
+
+
+def policy_rows(gain: float, arms="abc", seeds=(0, 1, 2), base_seeds=(0, 1, 2)) -> pl.DataFrame:
+    """Base at -1, arms A and C at 0, B and D at `gain`; greedy completions at 5."""
+    rng = np.random.default_rng(1)
+    level = {"base": -1.0, "a": 0.0, "b": gain, "c": 0.0, "d": gain}
+    rows = [
+        {"seed": s, "policy": p, "prompt_id": f"{i}", "decile": i % 4 * 2 + 1, "quartile": i % 4 + 1, "sample": k,
+         "completion": "x", "judge_reward": level[p] + rng.normal(0, 0.3) if k else 5.0,
+         "own_reward": None if p == "base" else 0.7, "kl": 2.5, "tokens": 12, "fingerprint": FINGERPRINT}
+        for p in ("base", *arms) for s in (base_seeds if p == "base" else seeds) for i in range(60) for k in range(3)
+    ]  # fmt: skip
+    return POLICY_EVALUATION.check(POLICY_EVALUATION.frame(rows))
+
+
+NO_POLICIES, NO_RM = POLICY_EVALUATION.empty(), RM_EVALUATION.empty()
+
+
+@pytest.mark.parametrize(
+    ("rm_gain", "policy_gain", "expected"),
+    [
+        (0.2, 0.5, "supported"),
+        (-0.2, -0.5, "refuted"),
+        (0.2, -0.5, "refuted"),
+        (0.0, 0.5, "undecided"),
+        (0.2, 0.0, "undecided"),
+    ],
+)
+def test_overall_verdict_needs_both_hypotheses(rm_gain, policy_gain, expected):
+    assert build_report(EXPERIMENT, rm_rows(rm_gain), policy_rows(policy_gain)).table["verdict"] == expected
+
+
+def test_answer_is_the_first_sentence():
+    answer = build_report(EXPERIMENT, rm_rows(0.2), policy_rows(0.5)).markdown.split("\n\n")[1]
+    assert answer == (
+        "Supported at this size: sampling by 1/density makes a better reward model on rare prompts (H1 supported) "
+        "and a better policy (H2 supported)."
+    )
+
+
+def test_rare_quartile_alone_decides_the_reward_model_hypothesis():
+    rm = rm_rows(0.2)
+    common = rm.with_columns(
+        correct=pl.when((pl.col("quartile") > 1) & (pl.col("model") == "rm_density")).then(0.0).otherwise("correct")
+    )
+    h1 = build_report(EXPERIMENT, common, NO_POLICIES).table["reward_model"]
+    assert (h1["verdict"], h1["accuracy"]["difference"]["all"]["high"] < 0) == ("supported", True)
+
+
+def test_accuracy_difference_is_the_difference_of_the_accuracies():
+    accuracy = build_report(EXPERIMENT, rm_rows(0.2), NO_POLICIES).table["reward_model"]["accuracy"]
+    rare = {row: strata["rare quartile"]["mean"] for row, strata in accuracy.items()}
+    assert rare["difference"] == pytest.approx(rare["rm_density"] - rare["rm_uniform"])
+
+
+def test_longer_reply_is_a_baseline_of_the_accuracy():
+    accuracy = build_report(EXPERIMENT, rm_rows(0.2), NO_POLICIES).table["reward_model"]["accuracy"]
+    assert accuracy["longer_reply"]["all"]["mean"] == 25
+
+
+def test_policy_gain_is_related_to_the_improvement_over_base():
+    h2 = build_report(EXPERIMENT, rm_rows(0.2), policy_rows(0.5)).table["policy"]
+    assert (h2["relative_gain"], h2["baseline"]) == ("confirmed", pytest.approx(1, abs=0.1))
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.5, "confirmed"), (0.1, "compatible"), (0.0, "ruled out")])
+def test_claimed_gain_is_confirmed_compatible_or_ruled_out(gain, expected):
+    rows = policy_rows(gain)
+    assert build_report(EXPERIMENT, NO_RM, rows).table["policy"]["relative_gain"] == expected
+
+
+def test_judge_reward_is_that_of_the_sampled_completions():
+    arm = build_report(EXPERIMENT, NO_RM, policy_rows(0.5)).table["policy"]["arms"]["a"]
+    assert (arm["judge_reward"]["mean"], arm["greedy"]) == (pytest.approx(0, abs=0.1), 5)
+
+
+def test_base_policy_of_one_seed_serves_all_seeds():
+    change = build_report(EXPERIMENT, NO_RM, policy_rows(0.5, base_seeds=(0,))).table["policy"]["arms"]["a"]["change"]
+    assert change["mean"] == pytest.approx(1, abs=0.1)
+
+
+def test_arm_d_completes_the_square():
+    report = build_report(EXPERIMENT, NO_RM, policy_rows(0.5, arms="abcd"))
+    assert re.search(r"D: 0\.[45]", report.markdown) and set(report.table["policy"]["differences"]) == {"b-a", "c-a", "d-a"}
+
+
+def test_missing_arm_is_named():
+    report = build_report(EXPERIMENT, rm_rows(0.2), policy_rows(0.5, arms="ac"))
+    assert "arm B has no evaluation yet." in report.markdown and report.table["verdict"] == "undecided"
+
+
+def test_without_policies_the_answer_is_undecided_and_says_why():
+    report = build_report(EXPERIMENT, rm_rows(0.2), NO_POLICIES)
+    assert report.markdown.split("\n\n")[1].startswith("Undecided")
+    assert "A better policy under the judge is undecided: no evaluation of arm A and arm B." in report.markdown
+
+
+def test_refuted_reward_model_without_policies_is_still_undecided():
+    assert build_report(EXPERIMENT, rm_rows(-0.2), NO_POLICIES).table["verdict"] == "undecided"
+
+
+def test_empty_tables_make_a_report():
+    report = build_report(EXPERIMENT, NO_RM, NO_POLICIES)
+    assert (report.table["verdict"], report.figures) == ("undecided", {})
+
+
+def test_missing_base_policy_leaves_the_relative_gain_undefined():
+    rows = policy_rows(0.5).filter(pl.col("policy") != "base")
+    assert build_report(EXPERIMENT, NO_RM, rows).table["policy"]["relative_gain"] == "undefined"
+
+
+def test_one_seed_makes_a_verdict_and_names_the_absent_seeds():
+    report = build_report(EXPERIMENT, rm_rows(0.2, seeds=(0,)), policy_rows(0.5, seeds=(0,), base_seeds=(0,)))
+    assert report.table["verdict"] == "supported"
+    assert report.table["remarks"] == ["seed 1 has no evaluation yet.", "seed 2 has no evaluation yet."]
+
+
+def test_seed_that_one_arm_lacks_is_named():
+    policies = policy_rows(0.5).filter(~((pl.col("policy") == "b") & (pl.col("seed") == 2)))
+    assert build_report(EXPERIMENT, rm_rows(0.2), policies).table["remarks"] == ["arm B has no evaluation of seed 2 yet."]
+
+
+def test_rows_of_another_experiment_are_left_out_and_counted():
+    mixed = pl.concat([rm_rows(0.2), rm_rows(-0.5, fingerprint="other")])
+    report = build_report(EXPERIMENT, mixed, NO_POLICIES)
+    assert report.table["reward_model"]["verdict"] == "supported"
+    assert "2,400 reward-model rows were left out" in report.markdown
+
+
+def test_seeds_that_the_experiment_does_not_list_are_left_out():
+    report = build_report(EXPERIMENT, rm_rows(0.2, seeds=(0, 1, 2, 9)), NO_POLICIES)
+    assert report.table["sizes"]["reward_model"]["seeds"] == [0, 1, 2]
+
+
+def test_notes_are_printed():
+    assert "The judge was retrained." in build_report(EXPERIMENT, NO_RM, NO_POLICIES, ["The judge was retrained."]).markdown
+
+
+def test_table_is_strict_json():
+    one_prompt = rm_rows(0.2).filter(pl.col("prompt_id") == "0")
+    table = build_report(EXPERIMENT, one_prompt, policy_rows(0.5)).table
+    assert json.loads(json.dumps(table, allow_nan=False)) == table
+
+
+def test_terminal_fits_110_columns():
+    text = build_report(EXPERIMENT, rm_rows(0.2), policy_rows(0.5, arms="abcd")).terminal()
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_embedded_images_are_the_figures():
+    report = build_report(EXPERIMENT, rm_rows(0.2), policy_rows(0.5))
+    images = [base64.b64decode(x) for x in re.findall(r"data:image/png;base64,([^)]+)", report.embedded())]
+    assert images == list(report.figures.values()) and len(images) == 3
+
+
+def test_written_report_links_the_figures_beside_it(tmp_path):
+    path = build_report(EXPERIMENT, rm_rows(0.2), policy_rows(0.5)).write(tmp_path / "out")
+    links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text())
+    assert {p.name for p in path.parent.iterdir()} == {"report.md", "report.json", *links}
+
+
+def test_failed_write_leaves_the_old_report(tmp_path):
+    path = build_report(EXPERIMENT, NO_RM, NO_POLICIES).write(tmp_path)
+    before = path.read_text()
+    (tmp_path / "report.json").unlink()
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(OSError):
+        build_report(EXPERIMENT, rm_rows(0.2), NO_POLICIES).write(tmp_path)
+    assert path.read_text() == before and not list(tmp_path.glob(".*"))
+
+
+def test_equal_tables_make_equal_reports():
+    rm, policies = rm_rows(0.2), policy_rows(0.5)
+    shuffled = build_report(EXPERIMENT, rm.sample(fraction=1, shuffle=True, seed=3), policies.reverse())
+    assert shuffled == build_report(EXPERIMENT, rm, policies)
