@@ -1,0 +1,166 @@
+"""Group evaluation: what reward models and policies do on held-out prompts, and the verdict."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from densityrm_core import plots, tables
+from densityrm_core.arms import ARMS
+from densityrm_core.experiment import Experiment
+from densityrm_dagster.assets import OWNERS
+from densityrm_dagster.automation import on_new_content
+from densityrm_dagster.failures import clear_failures
+from densityrm_dagster.io_managers import TABLE, FolderIOManager
+from densityrm_dagster.metadata import folder_output, markdown_table, plot, same_columns, table_output
+from densityrm_dagster.partitions import seed_of, seed_partitions
+from densityrm_dagster.tracking import set_up_torch
+
+_COMMON = {"group_name": "evaluation", "owners": OWNERS, "code_version": "1", "automation_condition": on_new_content()}
+_TABLES = {name: dg.AssetIn(input_manager_key="tables") for name in ("preference_pairs", "density_weights")}
+_REWARD_MODELS = ("rm_uniform", "rm_density")
+
+
+def evaluation_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
+    """The assets of this group."""
+    return [_rm_evaluation(experiment), _policy_evaluation(experiment), hypothesis_report]
+
+
+def _rm_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
+    @dg.asset(
+        **_COMMON,
+        kinds={"pytorch", "parquet"},
+        io_manager_key="tables",
+        metadata={TABLE: tables.RM_EVALUATION.name},
+        partitions_def=seed_partitions(experiment),
+        ins=_TABLES,
+    )
+    def rm_evaluation(
+        context: dg.AssetExecutionContext,
+        preference_pairs: pl.DataFrame,
+        density_weights: pl.DataFrame,
+        rm_uniform: Path,
+        rm_density: Path,
+        experiment: dg.ResourceParam[Experiment],
+    ) -> dg.Output[pl.DataFrame]:
+        """Rewards of both reward models for every test pair, with the density stratum of its prompt."""
+        from densityrm_core.evaluation import evaluate_reward_model, with_key
+        from densityrm_core.models import pick_device
+
+        set_up_torch(experiment.compute)
+        test, device = preference_pairs.filter(pl.col("split") == "test"), pick_device(experiment.compute.device)
+        key: dict[str, Any] = {"seed": seed_of(context), "fingerprint": experiment.fingerprint}
+        with clear_failures():
+            rows = pl.concat(
+                with_key(evaluate_reward_model(folder, test, density_weights, device), tables.RM_EVALUATION, model=name, **key)
+                for name, folder in zip(_REWARD_MODELS, (rm_uniform, rm_density), strict=True)
+            )
+        summary = _accuracies(rows)
+        context.log.info(
+            "accuracy " + ", ".join(f"{r['model']} {r['all']:.3f} (rare {r['rare']:.3f})" for r in summary.to_dicts())
+        )
+        lineage = same_columns("preference_pairs", "pair_id", "prompt_id", "src") | same_columns(
+            "density_weights", "decile", "quartile"
+        )
+        card = {"accuracy": dg.MetadataValue.md(markdown_table(summary)), "by_decile": plot(plots.accuracy_by_decile(rows))}
+        return table_output(rows, tables.RM_EVALUATION, lineage, card)
+
+    return rm_evaluation
+
+
+def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
+    folders = ("base_model", "rm_judge", *_REWARD_MODELS, *(f"grpo_{arm}" for arm in experiment.arms))
+
+    @dg.asset(
+        **_COMMON,
+        kinds={"pytorch", "parquet"},
+        io_manager_key="tables",
+        metadata={TABLE: tables.POLICY_EVALUATION.name},
+        partitions_def=seed_partitions(experiment),
+        ins=_TABLES | {name: dg.AssetIn(input_manager_key="folders") for name in folders},
+    )
+    def policy_evaluation(
+        context: dg.AssetExecutionContext,
+        preference_pairs: pl.DataFrame,
+        density_weights: pl.DataFrame,
+        experiment: dg.ResourceParam[Experiment],
+        **folder: Path,
+    ) -> dg.Output[pl.DataFrame]:
+        """Replies of the base policy and of every arm to the same held-out prompts, and the judge's reward of each."""
+        from densityrm_core.evaluation import OwnReward, PolicyExam, evaluate_policy, held_out_prompts, with_key
+        from densityrm_core.grpo import reward_scale_of
+        from densityrm_core.judge import load_judge
+        from densityrm_core.models import pick_device
+
+        set_up_torch(experiment.compute)
+        device = pick_device(experiment.compute.device)
+        asked = held_out_prompts(preference_pairs, density_weights, experiment.evaluation.prompts)
+        key: dict[str, Any] = {"seed": seed_of(context), "fingerprint": experiment.fingerprint}
+        with clear_failures():
+            judge = load_judge(folder["rm_judge"], device)
+            exam = PolicyExam(
+                folder["base_model"], asked, judge, experiment.evaluation, experiment.grpo, seed_of(context), device
+            )
+            answers = {"base": evaluate_policy(folder["base_model"], None, exam)}
+            for arm in experiment.arms:
+                policy = folder[f"grpo_{arm}"]
+                own = OwnReward(folder[ARMS[arm].reward_model], reward_scale_of(policy))
+                answers[arm] = evaluate_policy(policy, own, exam)
+                context.log.info(f"arm {arm.upper()} has answered {asked.height} held-out prompts")
+        rows = pl.concat(with_key(frame, tables.POLICY_EVALUATION, policy=name, **key) for name, frame in answers.items())
+        lineage = same_columns("density_weights", "decile", "quartile") | same_columns("preference_pairs", "prompt_id")
+        card = {
+            "summary": dg.MetadataValue.md(markdown_table(_policies(rows))),
+            "rewards": plot(plots.policy_rewards(rows)),
+            "examples": dg.MetadataValue.md(_examples(rows, preference_pairs)),
+        }
+        return table_output(rows, tables.POLICY_EVALUATION, lineage, card)
+
+    return policy_evaluation
+
+
+@dg.asset(
+    **_COMMON,
+    kinds={"markdown"},
+    io_manager_key="reports",
+    ins={name: dg.AssetIn(input_manager_key="tables") for name in ("rm_evaluation", "policy_evaluation")},
+)
+def hypothesis_report(
+    context: dg.AssetExecutionContext,
+    rm_evaluation: pl.DataFrame,
+    policy_evaluation: pl.DataFrame,
+    experiment: dg.ResourceParam[Experiment],
+    reports: dg.ResourceParam[FolderIOManager],
+) -> dg.Output[Path]:
+    """The verdict: does sampling by 1/density make a better reward model, and a better policy?"""
+    from densityrm_core.report import build_report
+
+    report, folder = build_report(experiment, rm_evaluation, policy_evaluation), reports.stage(context)
+    report.write(folder)
+    context.log.info(f"report.md, report.json and {len(report.figures)} figures written")
+    return folder_output(folder, {"report": dg.MetadataValue.md(report.embedded()), "verdict": report.table["verdict"]})
+
+
+def _accuracies(rows: pl.DataFrame) -> pl.DataFrame:
+    correct = pl.col("correct")
+    return rows.group_by("model", maintain_order=True).agg(
+        correct.mean().alias("all"),
+        correct.filter(pl.col("quartile") == 1).mean().alias("rare"),
+        correct.filter(pl.col("quartile") == 4).mean().alias("common"),
+        pl.len().alias("pairs"),
+    )
+
+
+def _policies(rows: pl.DataFrame) -> pl.DataFrame:
+    sampled = rows.filter(pl.col("sample") > 0)
+    return sampled.group_by("policy", maintain_order=True).agg(pl.col("judge_reward", "own_reward", "kl", "tokens").mean())
+
+
+def _examples(rows: pl.DataFrame, pairs: pl.DataFrame) -> str:
+    """What each policy answers, greedily, to a rare and to a common prompt."""
+    greedy = rows.filter(pl.col("sample") == 0)
+    picked = pl.concat([greedy.sort("decile", "prompt_id").head(1), greedy.sort("decile", "prompt_id").tail(1)])["prompt_id"]
+    prompt = pairs.select("prompt_id", "prompt").unique("prompt_id")
+    shown = greedy.filter(pl.col("prompt_id").is_in(picked.implode())).join(prompt, on="prompt_id").sort("decile", "prompt_id")
+    return markdown_table(shown.select("prompt", "policy", "completion", "judge_reward"))

@@ -1,0 +1,87 @@
+"""Group policies: the arms of the 2 x 2 experiment, each a row of `densityrm_core.arms`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from densityrm_core.arms import ARMS, Arm
+from densityrm_core.experiment import Experiment
+from densityrm_dagster.assets import OWNERS
+from densityrm_dagster.automation import on_new_content
+from densityrm_dagster.failures import clear_failures
+from densityrm_dagster.io_managers import FolderIOManager
+from densityrm_dagster.launch import chosen, launch_config
+from densityrm_dagster.metadata import folder_output
+from densityrm_dagster.mlflow_resource import POLICIES, MLflowTracker
+from densityrm_dagster.partitions import seed_of, seed_partitions
+from densityrm_dagster.tracking import tracked
+
+
+def policy_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
+    """One policy for each arm that the experiment turns on."""
+    return [_policy(ARMS[name], experiment) for name in experiment.arms]
+
+
+def _policy(arm: Arm, experiment: Experiment) -> dg.AssetsDefinition:
+    name, config_class = f"grpo_{arm.name}", launch_config(experiment.grpo)
+
+    @dg.asset(
+        name=name,
+        description=f"Policy of arm {arm.name.upper()}: GRPO against {arm.reward_model}, prompts sampled {arm.how}.",
+        group_name="policies",
+        kinds={"pytorch", "huggingface", "mlflow"},
+        owners=OWNERS,
+        code_version="1",
+        io_manager_key="folders",
+        partitions_def=seed_partitions(experiment),
+        automation_condition=on_new_content(),
+        ins={
+            "preference_pairs": dg.AssetIn(input_manager_key="tables"),
+            "density_weights": dg.AssetIn(input_manager_key="tables"),
+            "reward_model": dg.AssetIn(arm.reward_model),
+        },
+        check_specs=[
+            dg.AssetCheckSpec("losses_finite", asset=name, blocking=True, description="No loss of the run is NaN or infinite.")
+        ],
+    )
+    def policy(
+        context: dg.AssetExecutionContext,
+        config: config_class,
+        preference_pairs: pl.DataFrame,
+        density_weights: pl.DataFrame,
+        base_model: Path,
+        reward_model: Path,
+        experiment: dg.ResourceParam[Experiment],
+        folders: dg.ResourceParam[FolderIOManager],
+        mlflow: MLflowTracker,
+    ) -> Iterator[Any]:
+        from densityrm_core.grpo import train_policy
+        from densityrm_core.models import pick_device, save_model
+        from densityrm_core.sampling import training_prompts
+
+        settings, folder, seed = chosen(config, experiment.grpo), folders.stage(context), seed_of(context)
+        asked = training_prompts(preference_pairs, density_weights, by_density=arm.prompts == "density")
+        sampling = {"reward_model": arm.reward_model, "prompts": arm.prompts}
+        with (
+            clear_failures(),
+            tracked(context, mlflow, experiment, POLICIES, settings, name, "completions", **sampling) as training,
+        ):
+            trained = train_policy(
+                base_model, reward_model, asked, settings, seed, training.watch, pick_device(experiment.compute.device)
+            )
+            how_it_went = {"steps_taken": trained.steps, "stopped_by_kl_budget": trained.stopped_by_kl}
+            scale = {"reward_mean": trained.scale.mean, "reward_std": trained.scale.std}
+            card = {"settings": settings.model_dump(mode="json"), "seed": seed, **sampling, **how_it_went, **scale}
+            save_model(trained.model, trained.codec, folder, card)
+            final = {metric: training.watch.last(metric) for metric in ("reward/mean", "kl/sequence", "train/loss")}
+            shown = training.finish(folder, final, ["reward/mean", "kl/sequence"])
+        yield folder_output(folder, {**shown, **how_it_went, "training_prompts": asked.height})
+        losses = training.watch.frame().filter(pl.col("metric") == "train/loss")["value"]
+        yield dg.AssetCheckResult(
+            check_name="losses_finite", passed=bool(losses.is_finite().all()), metadata={"points": len(losses)}
+        )
+
+    return policy

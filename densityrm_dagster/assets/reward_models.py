@@ -1,0 +1,91 @@
+"""Group reward_models: the same training twice, differing in nothing but the sampler."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from densityrm_core.experiment import Experiment
+from densityrm_dagster.assets import OWNERS
+from densityrm_dagster.automation import on_new_content
+from densityrm_dagster.failures import clear_failures
+from densityrm_dagster.io_managers import FolderIOManager
+from densityrm_dagster.launch import chosen, launch_config
+from densityrm_dagster.metadata import folder_output
+from densityrm_dagster.mlflow_resource import REWARD_MODELS, MLflowTracker
+from densityrm_dagster.partitions import seed_of, seed_partitions
+from densityrm_dagster.tracking import tracked
+
+_SAMPLING = {
+    "rm_uniform": ("uniform", "Reward model trained on pairs sampled uniformly."),
+    "rm_density": ("density", "Reward model trained on pairs sampled by 1/density of their prompt."),
+}
+
+
+def reward_model_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
+    """The assets of this group."""
+    return [_reward_model(name, experiment) for name in _SAMPLING]
+
+
+def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
+    sampling, description = _SAMPLING[name]
+    config_class = launch_config(experiment.reward_model)
+
+    @dg.asset(
+        name=name,
+        description=description,
+        group_name="reward_models",
+        kinds={"pytorch", "huggingface", "mlflow"},
+        owners=OWNERS,
+        code_version="1",
+        io_manager_key="folders",
+        partitions_def=seed_partitions(experiment),
+        automation_condition=on_new_content(),
+        ins={table: dg.AssetIn(input_manager_key="tables") for table in ("preference_pairs", "density_weights")},
+        check_specs=[
+            dg.AssetCheckSpec("losses_finite", asset=name, blocking=True, description="No loss of the run is NaN or infinite."),
+            dg.AssetCheckSpec("beats_chance", asset=name, description="Accuracy on the validation split is above one half."),
+        ],
+    )
+    def reward_model(
+        context: dg.AssetExecutionContext,
+        config: config_class,
+        preference_pairs: pl.DataFrame,
+        density_weights: pl.DataFrame,
+        base_model: Path,
+        experiment: dg.ResourceParam[Experiment],
+        folders: dg.ResourceParam[FolderIOManager],
+        mlflow: MLflowTracker,
+    ) -> Iterator[Any]:
+        from densityrm_core.models import pick_device, save_model
+        from densityrm_core.reward_model import train_reward_model
+        from densityrm_core.sampling import pair_weights, uniform_weights
+
+        settings, folder, seed = chosen(config, experiment.reward_model), folders.stage(context), seed_of(context)
+        train, validation = (preference_pairs.filter(pl.col("split") == split) for split in ("train", "validation"))
+        weights = pair_weights(train, density_weights) if sampling == "density" else uniform_weights(train.height)
+        with (
+            clear_failures(),
+            tracked(context, mlflow, experiment, REWARD_MODELS, settings, name, "pairs", sampling=sampling) as training,
+        ):
+            model, codec = train_reward_model(
+                base_model, train, weights, validation, settings, seed, training.watch, pick_device(experiment.compute.device)
+            )
+            save_model(model, codec, folder, {"settings": settings.model_dump(mode="json"), "sampling": sampling, "seed": seed})
+            final = {metric: training.watch.last(metric) for metric in ("eval/accuracy", "eval/loss", "train/loss")}
+            card = training.finish(folder, final, ["train/accuracy", "eval/accuracy"])
+        yield folder_output(folder, {**card, "training_pairs": train.height, "truncated_texts": codec.truncated})
+        losses = training.watch.frame().filter(pl.col("metric").str.ends_with("loss"))["value"]
+        yield dg.AssetCheckResult(
+            check_name="losses_finite", passed=bool(losses.is_finite().all()), metadata={"points": len(losses)}
+        )
+        yield dg.AssetCheckResult(
+            check_name="beats_chance",
+            passed=final["eval/accuracy"] > 0.5,
+            severity=dg.AssetCheckSeverity.WARN,
+            metadata={"accuracy": final["eval/accuracy"], "pairs": validation.height},
+        )
+
+    return reward_model

@@ -1,0 +1,59 @@
+"""What runs by itself: a weekly schedule and a sensor for changed content. Both are shipped switched off."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+from dagster._core.definitions.unresolved_asset_job_definition import (
+    UnresolvedAssetJobDefinition,
+)  # what define_asset_job returns
+
+from densityrm_core.experiment import Experiment
+
+_MONDAY = "0 3 * * 1"
+
+
+def on_new_content() -> dg.AutomationCondition:
+    """Re-materialize when an input's data version changed; the same content again is no reason."""
+    changed = dg.AutomationCondition.data_version_changed() | dg.AutomationCondition.newly_missing()
+    upstream = dg.AutomationCondition.any_deps_match(changed | dg.AutomationCondition.will_be_requested())
+    waiting = dg.AutomationCondition.any_deps_missing() | dg.AutomationCondition.any_deps_in_progress()
+    ready = ~waiting & ~dg.AutomationCondition.in_progress()
+    due = upstream | dg.AutomationCondition.newly_missing() | dg.AutomationCondition.code_version_changed()
+    return due.since(dg.AutomationCondition.newly_requested() | dg.AutomationCondition.newly_updated()) & ready
+
+
+def weekly() -> dg.AutomationCondition:
+    """Read the raw rows again every Monday."""
+    return dg.AutomationCondition.on_cron(_MONDAY)
+
+
+def automation_sensor() -> dg.AutomationConditionSensorDefinition:
+    """Evaluates the conditions of all assets."""
+    return dg.AutomationConditionSensorDefinition(
+        "new_content", target=dg.AssetSelection.all(), default_status=dg.DefaultSensorStatus.STOPPED
+    )
+
+
+def weekly_schedule(experiment: Experiment, job: UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
+    """The whole experiment, every seed, once a week."""
+
+    @dg.schedule(name="weekly_experiment", job=job, cron_schedule=_MONDAY, default_status=dg.DefaultScheduleStatus.STOPPED)
+    def weekly_experiment(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest]:
+        """Runs wait for one another, so the data are prepared once, by the first seed's run."""
+        day = f"{context.scheduled_execution_time:%Y-%m-%d}"
+        for number, seed in enumerate(experiment.seeds):
+            yield dg.RunRequest(
+                run_key=f"{day}-{seed}",
+                partition_key=str(seed),
+                asset_selection=None if number == 0 else per_seed_assets(experiment),
+                tags={"dagster/priority": str(-number)},
+            )
+
+    return weekly_experiment
+
+
+def per_seed_assets(experiment: Experiment) -> list[dg.AssetKey]:
+    """What a further seed adds to an experiment whose data are prepared."""
+    arms = [f"grpo_{arm}" for arm in experiment.arms]
+    names = ["rm_uniform", "rm_density", *arms, "rm_evaluation", "policy_evaluation", "hypothesis_report"]
+    return [dg.AssetKey(name) for name in names]

@@ -1,0 +1,40 @@
+"""The two servers of a user, Dagster and MLflow: where they are, and the Dagster instance they share."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+_DAGSTER_YAML = """\
+telemetry: {enabled: false}
+python_logs: {python_log_level: INFO}
+run_coordinator: {module: dagster, class: QueuedRunCoordinator}
+concurrency: {runs: {max_concurrent_runs: 1}}
+run_monitoring: {enabled: true, start_timeout_seconds: 300, cancel_timeout_seconds: 60}
+"""
+
+
+@dataclass(frozen=True)
+class Addresses:
+    dagster: str
+    mlflow: str
+    dagster_port: int
+    mlflow_port: int
+
+
+def urls() -> Addresses:
+    """Where the servers listen: loopback, ports from DENSITYRM_DAGSTER_PORT (3000) and DENSITYRM_MLFLOW_PORT (5000)."""
+    dagster, mlflow = (int(os.environ.get(f"DENSITYRM_{n}_PORT") or port) for n, port in (("DAGSTER", 3000), ("MLFLOW", 5000)))
+    return Addresses(f"http://127.0.0.1:{dagster}", f"http://127.0.0.1:{mlflow}", dagster, mlflow)
+
+
+def prepare_home(root: Path) -> None:
+    """Create the state folder with a Dagster instance in it, and point this process and its children at them."""
+    instance = root / "dagster"
+    instance.mkdir(parents=True, exist_ok=True)
+    (root / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
+    settings = instance / "dagster.yaml"
+    if not settings.exists():
+        settings.write_text(_DAGSTER_YAML, encoding="utf-8")
+    os.environ["DENSITYRM_HOME"], os.environ["DAGSTER_HOME"] = str(root), str(instance)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")

@@ -1,0 +1,32 @@
+"""What a person sees in the terminal during a run: one short line an event, no event-log noise."""
+
+import logging
+import sys
+from typing import Any
+
+import dagster as dg
+
+
+@dg.logger(description="One short line an event.")
+def terminal_logger(context: dg.InitLoggerContext) -> logging.Logger:
+    """Prints what assets say themselves; Dagster's own events are in the event log, and failures are reported by the caller."""
+    logger = logging.Logger("densityrm", level=logging.INFO)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Short())
+    handler.addFilter(lambda record: _meta(record).get("dagster_event") is None)
+    logger.addHandler(handler)
+    return logger
+
+
+class _Short(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        meta = _meta(record)
+        partition = (meta.get("job_tags") or {}).get("dagster/partition")
+        step = (meta.get("step_key") or "").split("__")[0]
+        name = f"{step}[{partition}]" if partition is not None else step
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return f"{self.formatTime(record, '%H:%M:%S')}  {name:<26} {level}{meta.get('orig_message') or record.getMessage()}"
+
+
+def _meta(record: logging.LogRecord) -> dict[str, Any]:
+    return getattr(record, "dagster_meta", None) or {}

@@ -1,0 +1,97 @@
+"""A training run as Dagster and MLflow see it: progress, curves, links, report card."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from densityrm_core import plots
+from densityrm_core.experiment import ComputeSettings, Experiment, Settings
+from densityrm_dagster.metadata import plot
+from densityrm_dagster.mlflow_resource import MirroredRun, MLflowTracker
+
+if TYPE_CHECKING:
+    from densityrm_core.training import Plan
+
+_SAY_EVERY_S = 5.0
+_SHOWN = {"train/loss", "train/accuracy", "eval/accuracy", "reward/mean", "kl/sequence"}
+
+
+class Training:
+    """A watch for the core's loops that speaks to Dagster's log and to MLflow, and turns into a report card."""
+
+    def __init__(self, context: dg.AssetExecutionContext, mirror: MirroredRun, unit: str) -> None:
+        from densityrm_core.training import Watch
+
+        self._context, self._mirror, self._unit = context, mirror, unit
+        self._parent, self._started, self._said = os.getppid(), time.monotonic(), 0.0
+        self.watch = Watch(report=self._point, should_stop=self._orphaned)
+
+    def _orphaned(self) -> bool:
+        """True once the process that started this step is gone: nobody would receive its result."""
+        return os.getppid() != self._parent
+
+    def _point(self, step: int, plan: "Plan", metrics: dict[str, float]) -> None:
+        self._mirror.log(step * plan.units, metrics)
+        now = time.monotonic()
+        if now - self._said < _SAY_EVERY_S and step != plan.steps:
+            return
+        self._said = now
+        elapsed = now - self._started
+        left = elapsed / step * (plan.steps - step)
+        shown = ", ".join(f"{name.split('/', 1)[1]} {value:.3f}" for name, value in metrics.items() if name in _SHOWN)
+        rate = step * plan.units / max(elapsed, 1e-9)
+        self._context.log.info(f"{step}/{plan.steps}  {rate:,.0f} {self._unit}/s  {left:.0f} s left  {shown}")
+
+    def finish(self, folder: Path, final: dict[str, float], curves: list[str]) -> dict[str, Any]:
+        """Write metrics.parquet beside the model and return the report card: final values, curves, seconds, MLflow link."""
+        frame = self.watch.frame()
+        frame.write_parquet(folder / "metrics.parquet")
+        self._mirror.artifact(folder / "metrics.parquet")
+        self._mirror.final(final)
+        self._mirror.flush()
+        return {
+            **{name.replace("/", "_"): value for name, value in final.items()},
+            "seconds": round(time.monotonic() - self._started, 1),
+            "curves": plot(plots.curves(frame, curves, f"{self._unit} seen")),
+            **self._mirror.metadata(),
+        }
+
+
+@contextlib.contextmanager
+def tracked(
+    context: dg.AssetExecutionContext,
+    mlflow: MLflowTracker,
+    experiment: Experiment,
+    group: str,
+    settings: Settings,
+    variant: str,
+    unit: str,
+    **params: Any,
+) -> Iterator[Training]:
+    """One MLflow run around one training, its parameters the settings it was given; torch set up as the experiment says."""
+    set_up_torch(experiment.compute)
+    seed = context.partition_key if context.has_partition_key else "0"
+    described = {"variant": variant, "seed": seed, "experiment": experiment.name, **params, **settings.model_dump(mode="json")}
+    tags = {
+        "densityrm.experiment": experiment.name,
+        "densityrm.fingerprint": experiment.fingerprint,
+        "densityrm.variant": variant,
+    }
+    with mlflow.run(context, group, described, tags) as mirror:
+        yield Training(context, mirror, unit)
+
+
+def set_up_torch(compute: ComputeSettings) -> None:
+    """Threads of this process, and no kernels whose results differ from run to run."""
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(compute.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
