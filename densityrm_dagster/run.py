@@ -45,9 +45,9 @@ def run_experiment(experiment: Experiment, seed: int) -> list[str]:
         )
         if result.success:
             return []
-        return [_reason(event) for event in result.all_events if event.is_failure] or [
-            "the run failed; see the Dagster interface"
-        ]
+        failed = [event for event in result.all_events if event.is_failure]
+        steps = [event for event in failed if event.is_step_failure]
+        return [_reason(event) for event in steps or failed] or ["the run failed; the Dagster interface shows why"]
 
 
 def describe_sources(experiment: Experiment) -> str:

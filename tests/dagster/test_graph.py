@@ -1,0 +1,145 @@
+"""The graph materializes for one seed, and every asset tells what it is and what it holds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import pytest
+
+from densityrm_core.experiment import Experiment
+from densityrm_dagster.build import build_definitions
+
+from .conftest import TINY, Run
+
+GRAPH = {
+    *("hh_rlhf_pairs", "ultrafeedback_pairs", "stack_exchange_pairs", "preference_pairs"),
+    *("prompts", "prompt_embeddings", "density_weights", "base_model", "rm_judge", "rm_uniform", "rm_density"),
+    *("grpo_a", "grpo_b", "grpo_c", "rm_evaluation", "policy_evaluation", "hypothesis_report"),
+}
+REJECTS = {"hh_rlhf_rejects", "ultrafeedback_rejects", "stack_exchange_rejects", "preference_rejects"}
+TRAINED = ["base_model", "rm_uniform", "rm_density", "grpo_a", "grpo_b", "grpo_c"]
+PER_SEED = ["rm_uniform", "rm_density", "grpo_a", "grpo_b", "grpo_c", "rm_evaluation", "policy_evaluation"]
+
+
+def specs(run: Run) -> dict[str, dg.AssetSpec]:
+    return {spec.key.to_user_string(): spec for spec in run.definitions.resolve_all_asset_specs()}
+
+
+def test_the_whole_graph_materializes_for_one_seed(run: Run):
+    assert run.result.success
+    made = {event.asset_key.to_user_string() for event in run.result.get_asset_materialization_events() if event.asset_key}
+    assert made == GRAPH | REJECTS
+
+
+def test_the_graph_is_the_designs(run: Run):
+    assert set(specs(run)) == GRAPH | REJECTS
+
+
+def test_arm_d_appears_when_the_experiment_turns_it_on(tmp_path: Path):
+    experiment = Experiment.model_validate({**TINY, "arms": ["a", "b", "c", "d"]})
+    keys = build_definitions(experiment, tmp_path).resolve_asset_graph().get_all_asset_keys()
+    assert dg.AssetKey("grpo_d") in keys
+
+
+@pytest.mark.parametrize("asset", sorted(GRAPH))
+def test_every_asset_says_what_it_is(run: Run, asset: str):
+    spec = specs(run)[asset]
+    assert spec.description and spec.description.strip()[-1] in ".?"
+    assert spec.group_name in {"pairs", "density", "models", "reward_models", "policies", "evaluation"}
+    assert spec.owners and spec.kinds and spec.code_version
+    assert spec.automation_condition is not None
+
+
+@pytest.mark.parametrize("asset", sorted(GRAPH))
+def test_every_materialization_shows_rows_or_a_card_and_a_content_version(run: Run, asset: str):
+    metadata = run.metadata(asset)
+    assert {"dagster/row_count", "dagster/column_schema"} <= set(metadata) or {"size_mib", "path"} <= set(metadata)
+    record = run.instance.get_latest_data_version_record(dg.AssetKey(asset))
+    assert record is not None
+    tags = record.asset_materialization.tags or {}
+    assert tags["dagster/data_version_is_user_provided"] == "true"
+
+
+@pytest.mark.parametrize("asset", PER_SEED)
+def test_replicates_are_partitions(run: Run, asset: str):
+    partitions = specs(run)[asset].partitions_def
+    assert partitions is not None and partitions.get_partition_keys() == ["0", "1"]
+
+
+@pytest.mark.parametrize("asset", ["preference_pairs", "prompts", "prompt_embeddings", "density_weights", "rm_evaluation"])
+def test_tables_have_column_lineage(run: Run, asset: str):
+    lineage = run.metadata(asset)["dagster/column_lineage"].value
+    for deps in lineage.deps_by_column.values():
+        for dep in deps:
+            columns = run.metadata(dep.asset_key.to_user_string())["dagster/column_schema"].value.columns
+            assert dep.column_name in {column.name for column in columns}
+
+
+def test_every_check_passes(run: Run):
+    evaluations = run.result.get_asset_check_evaluations()
+    names = {evaluation.check_name for evaluation in evaluations}
+    assert {"rows_accounted_for", "no_prompt_in_two_splits", "losses_finite", "beats_chance", "every_pair_has_a_weight"} <= names
+    blocking_failures = [e.check_name for e in evaluations if not e.passed and e.severity == dg.AssetCheckSeverity.ERROR]
+    assert blocking_failures == []
+
+
+def test_rows_read_are_accounted_for(run: Run):
+    for source in ("hh_rlhf", "ultrafeedback", "stack_exchange"):
+        metadata = run.metadata(f"{source}_pairs")
+        assert metadata["candidate_pairs"].value == metadata["pairs"].value + metadata["rejects"].value > 0
+
+
+@pytest.mark.parametrize("asset", ["hypothesis_report", "density_weights", "policy_evaluation"])
+def test_pictures_in_the_interface_stay_small(run: Run, asset: str):
+    pictures = [v.md_str for v in run.metadata(asset).values() if isinstance(v, dg.MarkdownMetadataValue)]
+    images = [part.split(")")[0] for text in pictures for part in text.split("data:image/png;base64,")[1:]]
+    assert images and max(map(len, images)) < 100 * 1024 * 4 / 3
+
+
+def test_the_report_is_written_with_its_figures(run: Run):
+    folder = run.root / "tiny" / "reports" / "hypothesis_report"
+    assert json.loads((folder / "report.json").read_text())["verdict"] in {"supported", "refuted", "undecided"}
+    assert (folder / "report.md").read_text().startswith("# ")
+    assert list(folder.glob("*.png"))
+
+
+def test_models_load_in_a_process_that_never_imports_this_project(run: Run):
+    models = run.root / "tiny" / "models"
+    program = f"""
+import sys
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+rm = AutoModelForSequenceClassification.from_pretrained({str(models / "rm_density" / "0")!r})
+policy = AutoModelForCausalLM.from_pretrained({str(models / "grpo_b" / "0")!r})
+tokenizer = AutoTokenizer.from_pretrained({str(models / "grpo_b" / "0")!r})
+chat = tokenizer.apply_chat_template([{{"role": "user", "content": "How?"}}], add_generation_prompt=True, return_tensors="pt")
+ids = chat["input_ids"] if hasattr(chat, "keys") else chat
+assert policy.generate(ids, max_new_tokens=4).shape[1] > ids.shape[1]
+assert rm(ids).logits.shape == (1, 1)
+assert not [name for name in sys.modules if name.startswith("densityrm")]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd="/")  # noqa: S603  our own program
+
+
+def test_a_policy_is_not_its_reward_model_nor_its_base(run: Run):
+    from safetensors.torch import load_file
+
+    models = run.root / "tiny" / "models"
+    base, rm, policy = (load_file(models / name / "model.safetensors") for name in ("base_model", "rm_uniform/0", "grpo_a/0"))
+    assert "score.weight" in rm and "score.weight" not in policy
+    weight = "model.layers.0.mlp.up_proj.weight"
+    assert not policy[weight].equal(base[weight]) and not policy[weight].equal(rm[weight])
+
+
+def test_the_same_inputs_give_the_same_data_versions(run: Run):
+    def versions() -> dict[str, str]:
+        records = {
+            a: run.instance.get_latest_data_version_record(dg.AssetKey(a)) for a in ("hh_rlhf_pairs", "prompts", "rm_density")
+        }
+        return {a: record.asset_materialization.tags["dagster/data_version"] for a, record in records.items()}
+
+    before = versions()
+    assert run.again("hh_rlhf_pairs", "hh_rlhf_rejects", "prompts", "rm_density").success
+    assert versions() == before

@@ -1,0 +1,102 @@
+"""What a person meets at the command line: one clear message for bad input, the verdict for good."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = {
+    "name": "tiny",
+    "seeds": [0],
+    "planted": {"hh_rows": 120, "ultrafeedback_rows": 120, "stack_exchange_questions": 50},
+    "base_model": {"hidden_size": 32, "layers": 1, "steps": 5, "vocab_size": 600},
+    "reward_model": {"steps": 5, "evaluate_every": 5},
+    "grpo": {"steps": 2},
+    "evaluation": {"prompts": 10, "samples": 1, "bootstrap": 100},
+}
+
+
+def demo(folder: Path, settings: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+    path = folder / "experiment.yaml"
+    path.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings))
+    variables = {**os.environ, "DENSITYRM_EXPERIMENT": str(path), "DENSITYRM_HOME": str(folder / "home"), **environment}
+    command = [sys.executable, "-m", "densityrm_dagster", "demo"]
+    return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=300)  # noqa: S603  our own
+
+
+def hh(folder: Path, *lines: str) -> Path:
+    data = folder / "hh"
+    data.mkdir()
+    with gzip.open(data / "rows.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines) + "\n")
+    return data
+
+
+def only_hh(path: Path) -> dict[str, object]:
+    off = {"enabled": False}
+    sources = {"hh_rlhf": {"path": str(path)}, "ultrafeedback": off, "stack_exchange": off}
+    return {**TINY, "sources": sources, "judge": {"kind": "model"}}
+
+
+def good_row(i: int) -> str:
+    turn = f"\n\nHuman: Question {i}?\n\nAssistant:"
+    return json.dumps({"chosen": f"{turn} Yes {i}.", "rejected": f"{turn} No {i}."})
+
+
+def check_one_clear_message(result: "subprocess.CompletedProcess[str]", *words: str) -> None:
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr + result.stdout
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr[-3000:]
+    for word in words:
+        assert word in errors[0]
+
+
+def test_the_demo_prints_the_verdict(tmp_path: Path):
+    result = demo(tmp_path, TINY)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "HH-RLHF        120 rows read = " in result.stdout
+    assert "at this size" in result.stdout or "supported" in result.stdout
+    assert "make up" in result.stdout
+    assert "Traceback" not in result.stderr
+    assert set(os.listdir(tmp_path)) == {"experiment.yaml", "home"}
+
+
+def test_a_broken_line_names_its_file_and_row(tmp_path: Path):
+    data = hh(tmp_path, good_row(1), '{"chosen": "half a li', good_row(2))
+    check_one_clear_message(demo(tmp_path, only_hh(data)), "rows.jsonl.gz:2", "broken JSON", "sources.hh_rlhf.max_malformed")
+    written = [path.name for path in (tmp_path / "home" / "tiny").rglob("*")]
+    assert not [name for name in written if name.startswith(("hh_rlhf", "preference", "base_model")) or name.endswith(".tmp")]
+
+
+def test_a_missing_column_is_named(tmp_path: Path):
+    data = hh(tmp_path, good_row(1), json.dumps({"chosen": "\n\nHuman: a\n\nAssistant: b"}))
+    check_one_clear_message(demo(tmp_path, only_hh(data)), "rows.jsonl.gz:2", "'rejected'")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path):
+    check_one_clear_message(demo(tmp_path, only_hh(tmp_path / "nowhere")), "nowhere", "sources.hh_rlhf.path")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("reward_model: {learning_rte: 1}", ["experiment.yaml", "reward_model.learning_rte", "did you mean 'learning_rate'"]),
+        ("reward_model: {learning_rate: -0.001}", ["experiment.yaml", "reward_model.learning_rate", "greater than 0"]),
+        ("sources: {hh_rlhf: {path: '${NO_SUCH_DATA}/hh'}}", ["sources.hh_rlhf.path", "NO_SUCH_DATA"]),
+    ],
+)
+def test_a_wrong_experiment_file_stops_before_anything_is_written(tmp_path: Path, settings: str, words: list[str]):
+    check_one_clear_message(demo(tmp_path, settings), *words)
+    assert os.listdir(tmp_path) == ["experiment.yaml"]
+
+
+def test_definitions_load_without_the_heavy_libraries():
+    program = "import densityrm_dagster.definitions, sys; assert not {'torch','transformers','faiss','mlflow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)  # noqa: S603  our own program
