@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import polars as pl
 
 from densityrm_core import tables
@@ -11,11 +9,6 @@ from densityrm_core import tables
 
 class PromptError(ValueError):
     """The pairs contradict each other about a prompt."""
-
-
-def prompt_id(prompt: str) -> str:
-    """First 16 hex digits of the MD5 of the UTF-8 bytes: an identifier, not a security measure."""
-    return hashlib.md5(prompt.encode("utf-8"), usedforsecurity=False).hexdigest()[:16]
 
 
 def unique_prompts(pairs: pl.DataFrame) -> pl.DataFrame:

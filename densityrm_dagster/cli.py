@@ -59,6 +59,5 @@ def up() -> None:
 def check() -> None:
     """Say whether the experiment file is valid, and which one it is."""
     experiment = load_experiment()
-    print(
-        f"{os.environ.get('DENSITYRM_EXPERIMENT') or 'built-in'}: experiment {experiment.name}, fingerprint {experiment.fingerprint}"
-    )
+    file = os.environ.get("DENSITYRM_EXPERIMENT") or "built-in"
+    print(f"{file}: experiment {experiment.name}, fingerprint {experiment.fingerprint}")

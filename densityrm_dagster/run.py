@@ -6,7 +6,6 @@ from densityrm_core.experiment import Experiment
 from densityrm_dagster.assets.pairs import SOURCES
 from densityrm_dagster.automation import per_seed_assets
 
-
 # Two steps at a time, each a fork of a server that has paid for the slow imports once
 _EXECUTOR = {
     "max_concurrent": 2,

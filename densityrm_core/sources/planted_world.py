@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from typing import TypeVar
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.random import Generator
 
 from densityrm_core.experiment import PlantedSettings
+from densityrm_core.streams import stream
 
 T = TypeVar("T")
 
@@ -81,8 +81,7 @@ class PlantedWorld:
 
     def stream(self, name: str) -> Generator:
         """An independent stream of random numbers for everything called `name`."""
-        digest = hashlib.sha256(name.encode()).digest()
-        return np.random.default_rng(np.random.SeedSequence([self.settings.seed, int.from_bytes(digest[:8], "big")]))
+        return stream(self.settings.seed, "planted", name)
 
     @property
     def rule(self) -> dict[str, dict[str, str]]:

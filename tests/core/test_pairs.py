@@ -8,7 +8,8 @@ import pytest
 from densityrm_core import tables
 from densityrm_core.experiment import SplitSettings
 from densityrm_core.pairs import split_of, unite_pairs
-from densityrm_core.prompts import PromptError, prompt_id, unique_prompts
+from densityrm_core.prompts import PromptError, unique_prompts
+from densityrm_core.sources.rows import prompt_id
 
 
 def source(*rows: tuple[str, str, str], src: str = "hh") -> pl.DataFrame:

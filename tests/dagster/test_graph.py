@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import dagster as dg
-import polars as pl
 import pytest
 
 from densityrm_core.experiment import Experiment

@@ -65,7 +65,7 @@ def test_the_demo_prints_the_verdict(tmp_path: Path):
     assert "at this size" in result.stdout or "supported" in result.stdout
     assert "make up" in result.stdout
     assert "Traceback" not in result.stderr
-    assert set(os.listdir(tmp_path)) == {"experiment.yaml", "home"}
+    assert {path.name for path in tmp_path.iterdir()} == {"experiment.yaml", "home"}
 
 
 def test_a_broken_line_names_its_file_and_row(tmp_path: Path):
@@ -94,7 +94,7 @@ def test_a_missing_folder_is_named(tmp_path: Path):
 )
 def test_a_wrong_experiment_file_stops_before_anything_is_written(tmp_path: Path, settings: str, words: list[str]):
     check_one_clear_message(demo(tmp_path, settings), *words)
-    assert os.listdir(tmp_path) == ["experiment.yaml"]
+    assert [path.name for path in tmp_path.iterdir()] == ["experiment.yaml"]
 
 
 def test_definitions_load_without_the_heavy_libraries():
