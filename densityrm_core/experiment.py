@@ -74,8 +74,8 @@ class PlantedSettings(Settings):
 
 class SplitSettings(Settings):
     seed: int = Field(default=0, ge=0, description="changes which prompts are held out, and nothing else")
-    validation: Fraction = Field(default=0.05, description="share of prompts in the validation split")
-    test: Fraction = Field(default=0.15, description="share of prompts in the test split, touched once")
+    validation: float = Field(default=0.05, gt=0, lt=1, description="share of prompts in the validation split")
+    test: float = Field(default=0.15, gt=0, lt=1, description="share of prompts in the test split, touched once")
     judge: Fraction = Field(default=0.1, description="share of prompts that train the judge, seen by no arm")
 
     @model_validator(mode="after")
@@ -123,7 +123,7 @@ class BaseModelSettings(Settings):
     max_prompt_tokens: int = Field(default=96, ge=8, description="longer contexts lose their beginning")
     max_reply_tokens: int = Field(default=32, ge=4, description="longer replies lose their end")
     steps: int = Field(
-        default=150, ge=0, description="steps of supervised fine-tuning on the chosen replies; 0 leaves the model as it is"
+        default=400, ge=0, description="steps of supervised fine-tuning on the chosen replies; 0 leaves the model as it is"
     )
     batch_size: int = Field(default=64, ge=1, description="sequences a step")
     learning_rate: float = Field(default=3e-3, gt=0, le=1, description="peak learning rate of AdamW")

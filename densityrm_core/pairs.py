@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -11,6 +12,10 @@ import polars as pl
 from densityrm_core import tables
 from densityrm_core.experiment import SplitSettings
 from densityrm_core.streams import unit_interval
+
+
+class PairsError(ValueError):
+    """The pairs do not make an experiment."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,17 @@ def unite_pairs(sources: list[pl.DataFrame], splits: SplitSettings) -> Union:
         ),
         read=every.height,
     )
+
+
+def require_splits(pairs: pl.DataFrame, splits: Sequence[str]) -> None:
+    """Raise PairsError if one of `splits` has no pair: everything downstream would fail less clearly."""
+    counts = dict(pairs.group_by("split").len().iter_rows())
+    empty = [split for split in splits if not counts.get(split)]
+    if empty:
+        raise PairsError(
+            f"{pairs.height} pairs of {pairs['prompt_id'].n_unique()} prompts leave the split {empty[0]!r} empty: "
+            f"read more rows, or give it a larger share in splits.{empty[0]}"
+        )
 
 
 def with_split(pairs: pl.DataFrame, splits: SplitSettings) -> pl.DataFrame:

@@ -28,7 +28,7 @@ def build_definitions(experiment: Experiment, root: Path | None = None) -> dg.De
     address = urls()
     assets = [
         *pair_assets(experiment, root / "raw"),
-        *density_assets(),
+        *density_assets(experiment),
         *model_assets(experiment),
         *reward_model_assets(experiment),
         *policy_assets(experiment),

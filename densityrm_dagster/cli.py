@@ -23,7 +23,7 @@ def main() -> None:
 
 @app.command()
 def demo() -> None:
-    """Run the whole experiment, every seed, and print the verdict. DENSITYRM_EXPERIMENT selects the file."""
+    """Run the experiment for every seed and print the verdict; what is up to date is not made again."""
     experiment = load_experiment()
     root = home()
     prepare_home(root)
@@ -32,7 +32,7 @@ def demo() -> None:
     started = time.monotonic()
     print(f"experiment {experiment.name}, seeds {', '.join(map(str, experiment.seeds))}, state in {root}\n", file=sys.stderr)
     for seed in experiment.seeds:
-        failures = run_experiment(experiment, seed)
+        failures = run_experiment(seed)
         if failures:
             for failure in failures:
                 print(f"error: {failure}", file=sys.stderr)

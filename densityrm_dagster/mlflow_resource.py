@@ -1,6 +1,7 @@
 """MLflow as a mirror: one run for each materialization, linked both ways; a dead server costs a warning, never a training run."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,6 +53,7 @@ class MLflowTracker(dg.ConfigurableResource):
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         Path(self.artifacts).mkdir(parents=True, exist_ok=True)
         with FileLock(Path(self.artifacts, ".lock")):  # the first client creates the schema, and only one may
             client = MlflowClient(self.tracking_uri)

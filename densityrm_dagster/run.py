@@ -4,7 +4,7 @@ import dagster as dg
 
 from densityrm_core.experiment import Experiment
 from densityrm_dagster.assets.pairs import SOURCES
-from densityrm_dagster.automation import per_seed_assets
+from densityrm_dagster.freshness import outdated
 
 # Two steps at a time, each a fork of a server that has paid for the slow imports once
 _EXECUTOR = {
@@ -31,15 +31,19 @@ def run_experiment_job() -> dg.JobDefinition:
     return defs.resolve_job_def("run_experiment")
 
 
-def run_experiment(experiment: Experiment, seed: int) -> list[str]:
-    """Materialize the graph for one seed; the first seed also prepares the data. Returns what failed, one line each."""
-    further = seed != experiment.seeds[0]
+def run_experiment(seed: int) -> list[str]:
+    """Materialize what is missing or outdated for one seed. Returns what failed, one line each."""
+    from densityrm_dagster.definitions import defs
+
     with dg.DagsterInstance.get() as instance:
+        wanted = outdated(instance, defs, str(seed))
+        if not wanted:
+            return []
         result = dg.execute_job(
             dg.reconstructable(run_experiment_job),
             instance=instance,
             tags={"dagster/partition": str(seed)},
-            asset_selection=per_seed_assets(experiment) if further else None,
+            asset_selection=wanted,
             run_config={"execution": {"config": {"multiprocess": _EXECUTOR}}, "loggers": {"terminal": {}}},
         )
         if result.success:

@@ -43,7 +43,7 @@ class Training:
         self._said = now
         elapsed = now - self._started
         left = elapsed / step * (plan.steps - step)
-        shown = ", ".join(f"{name.split('/', 1)[1]} {value:.3f}" for name, value in metrics.items() if name in _SHOWN)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name in _SHOWN)
         rate = step * plan.units / max(elapsed, 1e-9)
         self._context.log.info(f"{step}/{plan.steps}  {rate:,.0f} {self._unit}/s  {left:.0f} s left  {shown}")
 

@@ -16,18 +16,18 @@ T = TypeVar("T")
 
 # A noun belongs to one topic. The first topics are the common ones; their nouns mean nearly the same, so they lie close.
 TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # nouns asked about, verbs of the replies
-    "music": (("guitar", "drum", "violin", "flute"), ("tune", "practise")),
-    "health": (("knee", "tooth", "cough", "fever"), ("rest", "measure")),
-    "kitchen": (("soup", "bread", "sauce", "stew"), ("stir", "season")),
-    "garden": (("tomato", "rose", "hedge", "lawn"), ("water", "trim")),
-    "computer": (("laptop", "printer", "router", "disk"), ("restart", "update")),
-    "school": (("essay", "exam", "lecture", "thesis"), ("revise", "outline")),
-    "travel": (("ticket", "visa", "hotel", "map"), ("book", "pack")),
-    "money": (("budget", "loan", "rent", "tax"), ("plan", "save")),
-    "bicycle": (("chain", "brake", "saddle", "tyre"), ("oil", "tighten")),
-    "sewing": (("button", "zip", "hem", "sleeve"), ("stitch", "iron")),
-    "pets": (("kitten", "parrot", "goldfish", "pony"), ("feed", "brush")),
-    "astronomy": (("comet", "lens", "mirror", "star"), ("align", "polish")),
+    "music": (("guitar", "drum"), ("tune", "practise")),
+    "health": (("knee", "tooth"), ("rest", "measure")),
+    "kitchen": (("soup", "bread"), ("stir", "season")),
+    "garden": (("tomato", "rose"), ("water", "trim")),
+    "computer": (("laptop", "printer"), ("restart", "update")),
+    "school": (("essay", "exam"), ("revise", "outline")),
+    "travel": (("ticket", "visa"), ("book", "pack")),
+    "money": (("budget", "loan"), ("plan", "save")),
+    "bicycle": (("chain", "brake"), ("oil", "tighten")),
+    "sewing": (("button", "zip"), ("stitch", "iron")),
+    "pets": (("kitten", "parrot"), ("feed", "brush")),
+    "astronomy": (("comet", "lens"), ("align", "polish")),
 }
 OPENINGS = ("Of course!", "Sure.", "Well,", "Right,", "Okay,", "Indeed,")
 CLOSINGS = ("slowly", "twice", "today", "with care", "outside", "first")
@@ -104,7 +104,7 @@ class PlantedWorld:
         return liked - (not well_formed) - 0.1 * max(0, len(text.split()) - _LONGEST)
 
     def draw_prompt(self, rng: Generator) -> str:
-        """A prompt of a Zipf-distributed topic; about 13,000 differ within a topic."""
+        """A prompt of a Zipf-distributed topic; 6,400 differ within a topic."""
         topic = self.topics[int(np.searchsorted(np.cumsum(self.frequencies)[:-1], rng.random(), side="right"))]
         noun = pick(TOPICS[topic][0], rng)
         return pick(ASKS, rng).format(f"{pick(QUALITIES, rng)} {noun} {pick(COMPANIES, rng)} {pick(OCCASIONS, rng)}")

@@ -9,6 +9,7 @@ from densityrm_core.prompts import unique_prompts
 from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content
 from densityrm_dagster.failures import clear_failures
+from densityrm_dagster.freshness import version
 from densityrm_dagster.io_managers import TABLE
 from densityrm_dagster.metadata import markdown_table, plot, same_columns, table_output
 from densityrm_dagster.tracking import set_up_torch
@@ -17,77 +18,95 @@ _COMMON = {
     "group_name": "density",
     "io_manager_key": "tables",
     "owners": OWNERS,
-    "code_version": "1",
     "automation_condition": on_new_content(),
 }
 
 
-def density_assets() -> list[dg.AssetsDefinition]:
+def density_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
     """The assets of this group."""
-    return [prompts, prompt_embeddings, density_weights]
+    return [_prompts(), _prompt_embeddings(experiment), _density_weights(experiment)]
 
 
-@dg.asset(**_COMMON, kinds={"polars", "parquet"}, metadata={TABLE: tables.PROMPTS.name})
-def prompts(preference_pairs: pl.DataFrame) -> dg.Output[pl.DataFrame]:
-    """Every unique prompt, with its split and its number of pairs."""
-    with clear_failures():
-        unique = unique_prompts(preference_pairs)
-    lineage = same_columns("preference_pairs", "prompt_id", "prompt", "split") | {
-        "pairs": [("preference_pairs", "pair_id")],
-        "sources": [("preference_pairs", "src")],
-    }
-    commonest = unique.sort("pairs", "prompt_id", descending=[True, False]).select("pairs", "prompt").head(5)
-    return table_output(unique, tables.PROMPTS, lineage, {"most_pairs": dg.MetadataValue.md(markdown_table(commonest))})
+def _prompts() -> dg.AssetsDefinition:
+    @dg.asset(**_COMMON, code_version=version(1), kinds={"polars", "parquet"}, metadata={TABLE: tables.PROMPTS.name})
+    def prompts(preference_pairs: pl.DataFrame) -> dg.Output[pl.DataFrame]:
+        """Every unique prompt, with its split and its number of pairs."""
+        with clear_failures():
+            unique = unique_prompts(preference_pairs)
+        lineage = same_columns("preference_pairs", "prompt_id", "prompt", "split") | {
+            "pairs": [("preference_pairs", "pair_id")],
+            "sources": [("preference_pairs", "src")],
+        }
+        commonest = unique.sort("pairs", "prompt_id", descending=[True, False]).select("pairs", "prompt").head(5)
+        return table_output(unique, tables.PROMPTS, lineage, {"most_pairs": dg.MetadataValue.md(markdown_table(commonest))})
+
+    return prompts
 
 
-@dg.asset(**_COMMON, kinds={"sentence-transformers", "parquet"}, metadata={TABLE: tables.PROMPT_EMBEDDINGS.name})
-def prompt_embeddings(
-    context: dg.AssetExecutionContext, prompts: pl.DataFrame, experiment: dg.ResourceParam[Experiment]
-) -> dg.Output[pl.DataFrame]:
-    """A unit vector for every prompt: near in meaning, near in space."""
-    from densityrm_core.embedding import embed_prompts
-
-    def say(done: int) -> None:
-        if done == prompts.height or done % (16 * experiment.embedding.batch_size) == 0:
-            context.log.info(f"{done:,}/{prompts.height:,} prompts embedded")
-
-    set_up_torch(experiment.compute)
-    with clear_failures():
-        embedded = embed_prompts(prompts, experiment.embedding, say)
-    lineage = same_columns("prompts", "prompt_id", "split") | {"embedding": [("prompts", "prompt")]}
-    card = {"model": experiment.embedding.model, "dimensions": embedded["embedding"].dtype.shape[0]}
-    return table_output(embedded, tables.PROMPT_EMBEDDINGS, lineage, card)
-
-
-@dg.asset(**_COMMON, kinds={"faiss", "parquet"}, metadata={TABLE: tables.DENSITY_WEIGHTS.name})
-def density_weights(
-    context: dg.AssetExecutionContext,
-    prompts: pl.DataFrame,
-    prompt_embeddings: pl.DataFrame,
-    experiment: dg.ResourceParam[Experiment],
-) -> dg.Output[pl.DataFrame]:
-    """Sampling weight of every training prompt: the rarer its neighbourhood, the heavier."""
-    from densityrm_core.density import describe_weights, weigh_prompts
-
-    with clear_failures():
-        weighing = weigh_prompts(prompts, prompt_embeddings, experiment.density)
-    numbers = describe_weights(weighing.table)
-    ess = numbers["effective_sample_fraction"]
-    context.log.info(
-        f"{numbers['prompts']:,.0f} training prompts in {weighing.groups:,} groups, effective sample fraction {ess:.3f}, "
-        f"heaviest {numbers['max_over_uniform']:.1f} x uniform"
+def _prompt_embeddings(experiment: Experiment) -> dg.AssetsDefinition:
+    @dg.asset(
+        **_COMMON,
+        code_version=version(1, experiment.embedding),
+        kinds={"sentence-transformers", "parquet"},
+        metadata={TABLE: tables.PROMPT_EMBEDDINGS.name},
     )
-    vector, from_prompts = [("prompt_embeddings", "embedding")], same_columns("prompts", "prompt_id", "split", "pairs")
-    measured = ("group", "log_distance", "density", "decile", "quartile", "weight")
-    card = {
-        **numbers,
-        "exponent": weighing.exponent,
-        "groups": weighing.groups,
-        "histogram": plot(plots.weight_histogram(weighing.table)),
-        "lorenz": plot(plots.lorenz_curve(weighing.table)),
-        "heaviest_and_lightest": dg.MetadataValue.md(_extremes(weighing.table, prompts)),
-    }
-    return table_output(weighing.table, tables.DENSITY_WEIGHTS, from_prompts | dict.fromkeys(measured, vector), card)
+    def prompt_embeddings(
+        context: dg.AssetExecutionContext, prompts: pl.DataFrame, experiment: dg.ResourceParam[Experiment]
+    ) -> dg.Output[pl.DataFrame]:
+        """A unit vector for every prompt: near in meaning, near in space."""
+        from densityrm_core.embedding import embed_prompts
+
+        def say(done: int) -> None:
+            if done == prompts.height or done % (16 * experiment.embedding.batch_size) == 0:
+                context.log.info(f"{done:,}/{prompts.height:,} prompts embedded")
+
+        set_up_torch(experiment.compute)
+        with clear_failures():
+            embedded = embed_prompts(prompts, experiment.embedding, say)
+        lineage = same_columns("prompts", "prompt_id", "split") | {"embedding": [("prompts", "prompt")]}
+        card = {"model": experiment.embedding.model, "dimensions": embedded["embedding"].dtype.shape[0]}
+        return table_output(embedded, tables.PROMPT_EMBEDDINGS, lineage, card)
+
+    return prompt_embeddings
+
+
+def _density_weights(experiment: Experiment) -> dg.AssetsDefinition:
+    @dg.asset(
+        **_COMMON,
+        code_version=version(1, experiment.density),
+        kinds={"faiss", "parquet"},
+        metadata={TABLE: tables.DENSITY_WEIGHTS.name},
+    )
+    def density_weights(
+        context: dg.AssetExecutionContext,
+        prompts: pl.DataFrame,
+        prompt_embeddings: pl.DataFrame,
+        experiment: dg.ResourceParam[Experiment],
+    ) -> dg.Output[pl.DataFrame]:
+        """Sampling weight of every training prompt: the rarer its neighbourhood, the heavier."""
+        from densityrm_core.density import describe_weights, weigh_prompts
+
+        with clear_failures():
+            weighing = weigh_prompts(prompts, prompt_embeddings, experiment.density)
+        numbers = describe_weights(weighing.table)
+        ess = numbers["effective_sample_fraction"]
+        context.log.info(
+            f"{numbers['prompts']:,.0f} training prompts in {weighing.groups:,} groups, effective sample fraction {ess:.3f}, "
+            f"heaviest {numbers['max_over_uniform']:.1f} x uniform"
+        )
+        vector, from_prompts = [("prompt_embeddings", "embedding")], same_columns("prompts", "prompt_id", "split", "pairs")
+        measured = ("group", "log_distance", "density", "decile", "quartile", "weight")
+        card = {
+            **numbers,
+            "exponent": weighing.exponent,
+            "groups": weighing.groups,
+            "histogram": plot(plots.weight_histogram(weighing.table)),
+            "lorenz": plot(plots.lorenz_curve(weighing.table)),
+            "heaviest_and_lightest": dg.MetadataValue.md(_extremes(weighing.table, prompts)),
+        }
+        return table_output(weighing.table, tables.DENSITY_WEIGHTS, from_prompts | dict.fromkeys(measured, vector), card)
+
+    return density_weights
 
 
 def _extremes(weights: pl.DataFrame, prompts: pl.DataFrame) -> str:

@@ -1,5 +1,6 @@
 """Group evaluation: what reward models and policies do on held-out prompts, and the verdict."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +9,24 @@ import polars as pl
 
 from densityrm_core import plots, tables
 from densityrm_core.arms import ARMS
-from densityrm_core.experiment import Experiment
+from densityrm_core.experiment import Experiment, Settings
 from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content
 from densityrm_dagster.failures import clear_failures
+from densityrm_dagster.freshness import version
 from densityrm_dagster.io_managers import TABLE, FolderIOManager
 from densityrm_dagster.metadata import folder_output, markdown_table, plot, same_columns, table_output
 from densityrm_dagster.partitions import seed_of, seed_partitions
 from densityrm_dagster.tracking import set_up_torch
 
-_COMMON = {"group_name": "evaluation", "owners": OWNERS, "code_version": "1", "automation_condition": on_new_content()}
+_COMMON = {"group_name": "evaluation", "owners": OWNERS, "automation_condition": on_new_content()}
 _TABLES = {name: dg.AssetIn(input_manager_key="tables") for name in ("preference_pairs", "density_weights")}
 _REWARD_MODELS = ("rm_uniform", "rm_density")
 
 
 def evaluation_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
     """The assets of this group."""
-    return [_rm_evaluation(experiment), _policy_evaluation(experiment), hypothesis_report]
+    return [_rm_evaluation(experiment), _policy_evaluation(experiment), _hypothesis_report(experiment)]
 
 
 def _rm_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
@@ -32,6 +34,7 @@ def _rm_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
         **_COMMON,
         kinds={"pytorch", "parquet"},
         io_manager_key="tables",
+        code_version=version(1, experiment.fingerprint),
         metadata={TABLE: tables.RM_EVALUATION.name},
         partitions_def=seed_partitions(experiment),
         ins=_TABLES,
@@ -50,7 +53,8 @@ def _rm_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
 
         set_up_torch(experiment.compute)
         test, device = preference_pairs.filter(pl.col("split") == "test"), pick_device(experiment.compute.device)
-        key: dict[str, Any] = {"seed": seed_of(context), "fingerprint": experiment.fingerprint}
+        made_by = {rm_uniform: experiment.reward_model, rm_density: experiment.reward_model}
+        key: dict[str, Any] = {"seed": seed_of(context), "fingerprint": _fingerprint(context, experiment, made_by)}
         with clear_failures():
             rows = pl.concat(
                 with_key(evaluate_reward_model(folder, test, density_weights, device), tables.RM_EVALUATION, model=name, **key)
@@ -76,6 +80,7 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
         **_COMMON,
         kinds={"pytorch", "parquet"},
         io_manager_key="tables",
+        code_version=version(1, experiment.fingerprint, *experiment.arms),
         metadata={TABLE: tables.POLICY_EVALUATION.name},
         partitions_def=seed_partitions(experiment),
         ins=_TABLES | {name: dg.AssetIn(input_manager_key="folders") for name in folders},
@@ -96,7 +101,10 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
         set_up_torch(experiment.compute)
         device = pick_device(experiment.compute.device)
         asked = held_out_prompts(preference_pairs, density_weights, experiment.evaluation.prompts)
-        key: dict[str, Any] = {"seed": seed_of(context), "fingerprint": experiment.fingerprint}
+        made_by: dict[Path, Settings] = {folder["base_model"]: experiment.base_model}
+        made_by |= {folder[name]: experiment.reward_model for name in _REWARD_MODELS}
+        made_by |= {folder[f"grpo_{arm}"]: experiment.grpo for arm in experiment.arms}
+        key: dict[str, Any] = {"seed": seed_of(context), "fingerprint": _fingerprint(context, experiment, made_by)}
         with clear_failures():
             judge = load_judge(folder["rm_judge"], device)
             exam = PolicyExam(
@@ -120,26 +128,42 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
     return policy_evaluation
 
 
-@dg.asset(
-    **_COMMON,
-    kinds={"markdown"},
-    io_manager_key="reports",
-    ins={name: dg.AssetIn(input_manager_key="tables") for name in ("rm_evaluation", "policy_evaluation")},
-)
-def hypothesis_report(
-    context: dg.AssetExecutionContext,
-    rm_evaluation: pl.DataFrame,
-    policy_evaluation: pl.DataFrame,
-    experiment: dg.ResourceParam[Experiment],
-    reports: dg.ResourceParam[FolderIOManager],
-) -> dg.Output[Path]:
-    """The verdict: does sampling by 1/density make a better reward model, and a better policy?"""
-    from densityrm_core.report import build_report
+def _hypothesis_report(experiment: Experiment) -> dg.AssetsDefinition:
+    @dg.asset(
+        **_COMMON,
+        code_version=version(1, experiment.fingerprint),
+        kinds={"markdown"},
+        io_manager_key="reports",
+        ins={name: dg.AssetIn(input_manager_key="tables") for name in ("rm_evaluation", "policy_evaluation")},
+    )
+    def hypothesis_report(
+        context: dg.AssetExecutionContext,
+        rm_evaluation: pl.DataFrame,
+        policy_evaluation: pl.DataFrame,
+        experiment: dg.ResourceParam[Experiment],
+        reports: dg.ResourceParam[FolderIOManager],
+    ) -> dg.Output[Path]:
+        """The verdict: does sampling by 1/density make a better reward model, and a better policy?"""
+        from densityrm_core.report import build_report
 
-    report, folder = build_report(experiment, rm_evaluation, policy_evaluation), reports.stage(context)
-    report.write(folder)
-    context.log.info(f"report.md, report.json and {len(report.figures)} figures written")
-    return folder_output(folder, {"report": dg.MetadataValue.md(report.embedded()), "verdict": report.table["verdict"]})
+        report, folder = build_report(experiment, rm_evaluation, policy_evaluation), reports.stage(context)
+        report.write(folder)
+        context.log.info(f"report.md, report.json and {len(report.figures)} figures written")
+        return folder_output(folder, {"report": dg.MetadataValue.md(report.embedded()), "verdict": report.table["verdict"]})
+
+    return hypothesis_report
+
+
+def _fingerprint(context: dg.AssetExecutionContext, experiment: Experiment, made_by: Mapping[Path, Settings]) -> str:
+    """The experiment's fingerprint, or another one if a model was trained with settings chosen at launch: not comparable."""
+    from densityrm_core.models import read_card
+
+    other = [folder for folder, section in made_by.items() if read_card(folder)["settings"] != section.model_dump(mode="json")]
+    if not other:
+        return experiment.fingerprint
+    names = ", ".join(str(folder) for folder in other)
+    context.log.warning(f"trained with other settings than the experiment file's, so left out of the verdict: {names}")
+    return f"{experiment.fingerprint}+launch"
 
 
 def _accuracies(rows: pl.DataFrame) -> pl.DataFrame:

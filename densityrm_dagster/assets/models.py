@@ -9,13 +9,14 @@ from densityrm_core.experiment import Experiment
 from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content
 from densityrm_dagster.failures import clear_failures
+from densityrm_dagster.freshness import version
 from densityrm_dagster.io_managers import FolderIOManager
 from densityrm_dagster.launch import chosen, launch_config
 from densityrm_dagster.metadata import folder_output
 from densityrm_dagster.mlflow_resource import POLICIES, REWARD_MODELS, MLflowTracker
 from densityrm_dagster.tracking import tracked
 
-_COMMON = {"group_name": "models", "owners": OWNERS, "code_version": "1", "io_manager_key": "folders"}
+_COMMON = {"group_name": "models", "owners": OWNERS, "io_manager_key": "folders"}
 _PAIRS = dg.AssetIn(input_manager_key="tables")
 
 
@@ -28,7 +29,11 @@ def _base_model(experiment: Experiment) -> dg.AssetsDefinition:
     config_class = launch_config(experiment.base_model)
 
     @dg.asset(
-        **_COMMON, kinds={"pytorch", "huggingface"}, ins={"preference_pairs": _PAIRS}, automation_condition=on_new_content()
+        **_COMMON,
+        code_version=version(1, experiment.base_model),
+        kinds={"pytorch", "huggingface"},
+        ins={"preference_pairs": _PAIRS},
+        automation_condition=on_new_content(),
     )
     def base_model(
         context: dg.AssetExecutionContext,
@@ -62,7 +67,11 @@ def _judge(experiment: Experiment) -> dg.AssetsDefinition:
     config_class = launch_config(experiment.reward_model.model_copy(update={"steps": experiment.judge.steps}))
 
     @dg.asset(
-        **_COMMON, kinds={"pytorch", "huggingface"}, ins={"preference_pairs": _PAIRS}, automation_condition=on_new_content()
+        **_COMMON,
+        code_version=version(1, experiment.judge, experiment.reward_model, experiment.planted),
+        kinds={"pytorch", "huggingface"},
+        ins={"preference_pairs": _PAIRS},
+        automation_condition=on_new_content(),
     )
     def rm_judge(
         context: dg.AssetExecutionContext,

@@ -9,11 +9,12 @@ import polars as pl
 
 from densityrm_core import tables
 from densityrm_core.experiment import Experiment
-from densityrm_core.pairs import unite_pairs
+from densityrm_core.pairs import require_splits, unite_pairs
 from densityrm_core.sources import SourceRead, read_source
 from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content, weekly
 from densityrm_dagster.failures import clear_failures
+from densityrm_dagster.freshness import version
 from densityrm_dagster.io_managers import TABLE
 from densityrm_dagster.metadata import markdown_table, table_output
 
@@ -22,17 +23,18 @@ SOURCES = {"hh_rlhf": "HH-RLHF", "ultrafeedback": "UltraFeedback", "stack_exchan
 
 def pair_assets(experiment: Experiment, raw: Path) -> list[dg.AssetsDefinition]:
     """The assets of this group; planted raw files are written under `raw`."""
-    return [*(_source(name, title, raw) for name, title in SOURCES.items()), _union()]
+    return [*(_source(name, title, experiment, raw) for name, title in SOURCES.items()), _union(experiment)]
 
 
-def _source(name: str, title: str, raw: Path) -> dg.AssetsDefinition:
+def _source(name: str, title: str, experiment: Experiment, raw: Path) -> dg.AssetsDefinition:
     pairs, rejects = f"{name}_pairs", f"{name}_rejects"
+    made_by = version(1, getattr(experiment.sources, name), experiment.planted)
 
     @dg.multi_asset(
         name=pairs,
         outs={
-            pairs: _out(tables.SOURCE_PAIRS, f"Preference pairs of {title}, read from its raw rows.", weekly()),
-            rejects: _out(tables.REJECTS, f"Rows of {title} that could not become a pair, and why.", None),
+            pairs: _out(tables.SOURCE_PAIRS, f"Preference pairs of {title}, read from its raw rows.", made_by, weekly()),
+            rejects: _out(tables.REJECTS, f"Rows of {title} that could not become a pair, and why.", made_by),
         },
         check_specs=[_accounted(pairs)],
         group_name="pairs",
@@ -51,8 +53,8 @@ def _source(name: str, title: str, raw: Path) -> dg.AssetsDefinition:
     return source
 
 
-def _union() -> dg.AssetsDefinition:
-    name, rejects = "preference_pairs", "preference_rejects"
+def _union(experiment: Experiment) -> dg.AssetsDefinition:
+    name, rejects, made_by = "preference_pairs", "preference_rejects", version(1, experiment.splits)
     inputs = {f"{source}_pairs": dg.AssetIn(input_manager_key="tables") for source in SOURCES}
 
     @dg.multi_asset(
@@ -60,9 +62,12 @@ def _union() -> dg.AssetsDefinition:
         ins=inputs,
         outs={
             name: _out(
-                tables.PREFERENCE_PAIRS, "All sources in one table: duplicates and ties out, split by prompt.", on_new_content()
+                tables.PREFERENCE_PAIRS,
+                "All sources in one table: duplicates and ties out, split by prompt.",
+                made_by,
+                on_new_content(),
             ),
-            rejects: _out(tables.REJECTS, "Pairs that the union left out: duplicates and contradictions.", None),
+            rejects: _out(tables.REJECTS, "Pairs that the union left out: duplicates and contradictions.", made_by),
         },
         check_specs=[_accounted(name), _blocking("no_prompt_in_two_splits", name, "Every prompt is in exactly one split.")],
         group_name="pairs",
@@ -71,6 +76,10 @@ def _union() -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, experiment: dg.ResourceParam[Experiment], **sources: pl.DataFrame
     ) -> Iterator[Any]:
         united = unite_pairs([sources[key] for key in inputs], experiment.splits)
+        with clear_failures():
+            require_splits(
+                united.pairs, ["train", "validation", "test", *(["judge"] if experiment.judge.kind == "model" else [])]
+            )
         splits = united.pairs.group_by("split").agg(pl.len().alias("pairs"), pl.col("prompt_id").n_unique().alias("prompts"))
         lineage = {c: [(key, c) for key in inputs] for c in tables.SOURCE_PAIRS.schema} | {
             "split": [(key, "prompt") for key in inputs]
@@ -91,14 +100,14 @@ def _union() -> dg.AssetsDefinition:
     return union
 
 
-def _out(table: tables.Table, description: str, condition: dg.AutomationCondition | None) -> dg.AssetOut:
+def _out(table: tables.Table, description: str, made_by: str, condition: dg.AutomationCondition | None = None) -> dg.AssetOut:
     return dg.AssetOut(
         io_manager_key="tables",
         description=description,
         metadata={TABLE: table.name},
         owners=OWNERS,
         kinds={"polars", "parquet"},
-        code_version="1",
+        code_version=made_by,
         automation_condition=condition,
     )
 

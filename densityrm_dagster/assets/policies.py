@@ -12,6 +12,7 @@ from densityrm_core.experiment import Experiment
 from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content
 from densityrm_dagster.failures import clear_failures
+from densityrm_dagster.freshness import version
 from densityrm_dagster.io_managers import FolderIOManager
 from densityrm_dagster.launch import chosen, launch_config
 from densityrm_dagster.metadata import folder_output
@@ -34,7 +35,7 @@ def _policy(arm: Arm, experiment: Experiment) -> dg.AssetsDefinition:
         group_name="policies",
         kinds={"pytorch", "huggingface", "mlflow"},
         owners=OWNERS,
-        code_version="1",
+        code_version=version(1, experiment.grpo),
         io_manager_key="folders",
         partitions_def=seed_partitions(experiment),
         automation_condition=on_new_content(),

@@ -11,6 +11,7 @@ from densityrm_core.experiment import Experiment
 from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content
 from densityrm_dagster.failures import clear_failures
+from densityrm_dagster.freshness import version
 from densityrm_dagster.io_managers import FolderIOManager
 from densityrm_dagster.launch import chosen, launch_config
 from densityrm_dagster.metadata import folder_output
@@ -39,7 +40,7 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
         group_name="reward_models",
         kinds={"pytorch", "huggingface", "mlflow"},
         owners=OWNERS,
-        code_version="1",
+        code_version=version(1, experiment.reward_model),
         io_manager_key="folders",
         partitions_def=seed_partitions(experiment),
         automation_condition=on_new_content(),
@@ -74,7 +75,7 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
                 base_model, train, weights, validation, settings, seed, training.watch, pick_device(experiment.compute.device)
             )
             save_model(model, codec, folder, {"settings": settings.model_dump(mode="json"), "sampling": sampling, "seed": seed})
-            final = {metric: training.watch.last(metric) for metric in ("eval/accuracy", "eval/loss", "train/loss")}
+            final = {metric: training.watch.last(metric) for metric in ("eval/accuracy", "eval/loss", "eval/margin")}
             card = training.finish(folder, final, ["train/accuracy", "eval/accuracy"])
         yield folder_output(folder, {**card, "training_pairs": train.height, "truncated_texts": codec.truncated})
         losses = training.watch.frame().filter(pl.col("metric").str.ends_with("loss"))["value"]

@@ -7,7 +7,7 @@ import pytest
 
 from densityrm_core import tables
 from densityrm_core.experiment import SplitSettings
-from densityrm_core.pairs import split_of, unite_pairs
+from densityrm_core.pairs import PairsError, require_splits, split_of, unite_pairs
 from densityrm_core.prompts import PromptError, unique_prompts
 from densityrm_core.sources.rows import prompt_id
 
@@ -100,3 +100,9 @@ def test_two_prompts_with_one_id_are_both_named():
     collided = pairs.with_columns(prompt_id=pl.lit("0" * 16), split=pl.lit("train"))
     with pytest.raises(PromptError, match="stands for two prompts"):
         unique_prompts(collided)
+
+
+def test_too_few_rows_for_a_split_are_said_so():
+    pairs = unite_pairs([source(("a", "x", "y"))], SplitSettings()).pairs
+    with pytest.raises(PairsError, match=r"1 pairs of 1 prompts leave the split '\w+' empty"):
+        require_splits(pairs, ["train", "validation", "test"])

@@ -20,6 +20,7 @@ GRAPH = {
 }
 REJECTS = {"hh_rlhf_rejects", "ultrafeedback_rejects", "stack_exchange_rejects", "preference_rejects"}
 TRAINED = ["base_model", "rm_uniform", "rm_density", "grpo_a", "grpo_b", "grpo_c"]
+REPEATED = ["hh_rlhf_pairs", "hh_rlhf_rejects", "prompts", "base_model", "rm_density"]
 PER_SEED = ["rm_uniform", "rm_density", "grpo_a", "grpo_b", "grpo_c", "rm_evaluation", "policy_evaluation"]
 
 
@@ -134,11 +135,9 @@ def test_a_policy_is_not_its_reward_model_nor_its_base(run: Run):
 
 def test_the_same_inputs_give_the_same_data_versions(run: Run):
     def versions() -> dict[str, str]:
-        records = {
-            a: run.instance.get_latest_data_version_record(dg.AssetKey(a)) for a in ("hh_rlhf_pairs", "prompts", "rm_density")
-        }
+        records = {a: run.instance.get_latest_data_version_record(dg.AssetKey(a)) for a in REPEATED}
         return {a: record.asset_materialization.tags["dagster/data_version"] for a, record in records.items()}
 
     before = versions()
-    assert run.again("hh_rlhf_pairs", "hh_rlhf_rejects", "prompts", "rm_density").success
+    assert run.again(*REPEATED).success
     assert versions() == before

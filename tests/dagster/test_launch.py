@@ -1,6 +1,7 @@
 """The launchpad shows the experiment's own fields, and a bad value stops a run before anything trains."""
 
 import dagster as dg
+import polars as pl
 import pytest
 
 from densityrm_core.experiment import Experiment, RewardModelSettings
@@ -28,7 +29,10 @@ def test_a_chosen_value_reaches_the_training(run: Run):
     assert result.success
     folder = run.root / "tiny" / "models" / "rm_uniform" / "0"
     assert '"steps": 4' in (folder / "densityrm.json").read_text()
-    assert run.again("rm_uniform").success
+    assert run.again("rm_evaluation").success
+    rows = pl.read_parquet(run.root / "tiny" / "tables" / "rm_evaluation" / "0.parquet")
+    assert rows["fingerprint"].unique().to_list() == [f"{run.experiment.fingerprint}+launch"]  # left out of the verdict
+    assert run.again("rm_uniform", "rm_evaluation").success
 
 
 def test_a_negative_learning_rate_is_refused_before_anything_trains_and_not_retried(run: Run):

@@ -1,0 +1,44 @@
+"""What is up to date is not made again; what changed, and all that hangs on it, is."""
+
+import dagster as dg
+import pytest
+
+from densityrm_core.experiment import Experiment
+from densityrm_dagster.build import build_definitions
+from densityrm_dagster.freshness import outdated
+
+from .conftest import TINY, Run
+
+PER_SEED = {"rm_uniform", "rm_density", "grpo_a", "grpo_b", "grpo_c", "rm_evaluation", "policy_evaluation", "hypothesis_report"}
+
+
+def names(run: Run, seed: str = "0", **changes: object) -> set[str]:
+    definitions = build_definitions(Experiment.model_validate({**TINY, **changes}), run.root)
+    return {key.to_user_string() for key in outdated(run.instance, definitions, seed)}
+
+
+def test_a_finished_seed_has_nothing_left_to_do(run: Run):
+    assert names(run) == set()
+
+
+def test_a_further_seed_trains_and_evaluates_but_prepares_no_data(run: Run):
+    assert names(run, "1") == PER_SEED
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"grpo": {"steps": 4}}, {"rm_uniform", "rm_density", "density_weights", "base_model", "rm_judge"}),
+        ({"density": {"target_ess": 0.5}}, {"base_model", "rm_judge", "prompt_embeddings"}),
+        ({"reward_model": {"steps": 11, "evaluate_every": 5}}, {"base_model", "density_weights"}),
+    ],
+)
+def test_a_changed_setting_outdates_what_hangs_on_it_and_nothing_else(run: Run, changes: dict[str, object], kept: set[str]):
+    found = names(run, **changes)
+    assert {"grpo_a", "policy_evaluation", "hypothesis_report"} <= found
+    assert not kept & found
+
+
+def test_everything_is_outdated_at_first(run: Run):
+    with dg.DagsterInstance.ephemeral() as empty:
+        assert len(outdated(empty, run.definitions, "0")) == len(run.definitions.resolve_asset_graph().get_all_asset_keys())
