@@ -36,5 +36,6 @@ def prepare_home(root: Path) -> None:
     if not settings.exists():
         settings.write_text(_DAGSTER_YAML, encoding="utf-8")
     os.environ["DENSITYRM_HOME"], os.environ["DAGSTER_HOME"] = str(root), str(instance)
+    os.environ.setdefault("MPLCONFIGDIR", str(root / "cache" / "matplotlib"))
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")

@@ -25,6 +25,7 @@ ASSETS = """
 { assetNodes { assetKey { path } description groupName kinds isMaterializable isPartitioned
   assetMaterializations(limit: 1) { metadataEntries { __typename label
     ... on UrlMetadataEntry { url } ... on IntMetadataEntry { intValue } ... on TextMetadataEntry { text } } } } }"""
+CODE_LOCATION = {"repositoryName": "__repository__", "repositoryLocationName": "densityrm_dagster.definitions"}
 NO_CARD_NEEDED = {"path", "dagster/storage_kind"}
 
 
@@ -81,10 +82,11 @@ def logs(folder: Path) -> str:
 
 
 def test_launching_all_assets_for_one_seed_materializes_the_graph(interface: Interface):
-    selector = {"repositoryName": "__repository__", "repositoryLocationName": "densityrm_dagster.definitions"}
+    paths = [node["assetKey"] for node in interface.ask("{ assetNodes { assetKey { path } } }")["assetNodes"]]
     params = {
-        "selector": {**selector, "jobName": "run_experiment"},
+        "selector": {**CODE_LOCATION, "jobName": "__ASSET_JOB", "assetSelection": paths},  # what "Materialize all" launches
         "mode": "default",
+        "runConfigData": json.dumps({"execution": {"config": {"in_process": {}}}}),  # saves an interpreter a step
         "executionMetadata": {"tags": [{"key": "dagster/partition", "value": "0"}]},
     }
     launched = interface.ask(LAUNCH, params=params)["launchRun"]
@@ -112,9 +114,8 @@ def test_launching_all_assets_for_one_seed_materializes_the_graph(interface: Int
 
 
 def test_a_bad_value_in_the_launchpad_is_refused_before_anything_trains(interface: Interface):
-    selector = {"repositoryName": "__repository__", "repositoryLocationName": "densityrm_dagster.definitions"}
     params = {
-        "selector": {**selector, "jobName": "train_reward_models"},
+        "selector": {**CODE_LOCATION, "jobName": "train_reward_models"},
         "mode": "default",
         "runConfigData": json.dumps({"ops": {"rm_uniform": {"config": {"learning_rate": -1.0}}}}),
         "executionMetadata": {"tags": [{"key": "dagster/partition", "value": "0"}]},
