@@ -3,9 +3,7 @@
 from collections.abc import Iterator
 
 import dagster as dg
-from dagster._core.definitions.unresolved_asset_job_definition import (
-    UnresolvedAssetJobDefinition,
-)  # what define_asset_job returns
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition  # its return type
 
 from densityrm_core.experiment import Experiment
 

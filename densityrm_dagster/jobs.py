@@ -1,9 +1,7 @@
 """The jobs a person launches."""
 
 import dagster as dg
-from dagster._core.definitions.unresolved_asset_job_definition import (
-    UnresolvedAssetJobDefinition,
-)  # what define_asset_job returns
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition  # its return type
 
 from densityrm_core.experiment import Experiment
 

@@ -18,6 +18,7 @@ from densityrm_dagster.tracking import tracked
 
 _COMMON = {"group_name": "models", "owners": OWNERS, "io_manager_key": "folders"}
 _PAIRS = dg.AssetIn(input_manager_key="tables")
+_JUDGE_SEED = 10_000  # a stream of its own, whatever the replicates' seeds are
 
 
 def model_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
@@ -83,11 +84,10 @@ def _judge(experiment: Experiment) -> dg.AssetsDefinition:
         mlflow: MLflowTracker,
     ) -> dg.Output[Path]:
         """The gold judge: the planted rule where the truth is known, else a reward model of the judge split."""
-        import numpy as np
-
         from densityrm_core.judge import save_planted_judge
         from densityrm_core.models import pick_device, save_model
         from densityrm_core.reward_model import train_reward_model
+        from densityrm_core.sampling import uniform_weights
 
         settings, folder = chosen(config, experiment.reward_model), folders.stage(context)
         if experiment.judge.kind == "planted":
@@ -99,7 +99,7 @@ def _judge(experiment: Experiment) -> dg.AssetsDefinition:
             clear_failures(),
             tracked(context, mlflow, experiment, REWARD_MODELS, settings, "judge", "pairs") as training,
         ):
-            uniform, device = np.ones(pairs["judge"].height), pick_device(experiment.compute.device)
+            uniform, device = uniform_weights(pairs["judge"].height), pick_device(experiment.compute.device)
             model, codec = train_reward_model(
                 base_model, pairs["judge"], uniform, pairs["validation"], settings, _JUDGE_SEED, training.watch, device
             )
@@ -108,6 +108,3 @@ def _judge(experiment: Experiment) -> dg.AssetsDefinition:
             return folder_output(folder, {"judge": "reward model", **training.finish(folder, final, ["train/loss", "eval/loss"])})
 
     return rm_judge
-
-
-_JUDGE_SEED = 10_000  # a stream of its own, whatever the replicates' seeds are
