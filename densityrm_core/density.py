@@ -129,6 +129,7 @@ def temper_weights(log_distance: Doubles, group_sizes: Ints, settings: DensitySe
 def effective_fraction(weights: Doubles, multiplicity: Doubles | None = None) -> float:
     """Kish's effective sample fraction (sum w)^2 / (n sum w^2); `multiplicity` counts an item that often (default once)."""
     m = np.ones_like(weights) if multiplicity is None else multiplicity
+    weights = weights / weights.max()  # the squares of small weights would underflow
     return float((m * weights).sum() ** 2 / (m.sum() * (m * weights**2).sum()))
 
 

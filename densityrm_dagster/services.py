@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import dagster as dg
+
 _DAGSTER_YAML = """\
 telemetry: {enabled: false}
 python_logs: {python_log_level: INFO}
@@ -28,7 +30,10 @@ def urls() -> Addresses:
 
 
 def prepare_home(root: Path) -> None:
-    """Create the state folder with a Dagster instance in it, and point this process and its children at them."""
+    """Create the state folder with a Dagster instance in it, and point this process and its children at them.
+
+    The instance's database is created here, once: two servers that find none would both create it, and one would fail.
+    """
     instance = root / "dagster"
     instance.mkdir(parents=True, exist_ok=True)
     (root / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
@@ -39,3 +44,5 @@ def prepare_home(root: Path) -> None:
     os.environ.setdefault("MPLCONFIGDIR", str(root / "cache" / "matplotlib"))
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    with dg.DagsterInstance.get():
+        pass

@@ -191,7 +191,7 @@ def test_embedded_images_are_the_figures():
 def test_written_report_links_the_figures_beside_it(tmp_path):
     path = build_report(EXPERIMENT, rm_rows(0.2), policy_rows(0.5)).write(tmp_path / "out")
     links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text())
-    assert {p.name for p in path.parent.iterdir()} == {"report.md", "report.json", *links}
+    assert {p.name for p in path.parent.iterdir()} == {"report.md", "report.json", "report.txt", *links}
 
 
 def test_failed_write_leaves_the_old_report(tmp_path):
