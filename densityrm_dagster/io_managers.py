@@ -28,6 +28,8 @@ class ParquetIOManager(dg.ConfigurableIOManager):
         table = _table(context.definition_metadata)
         target = self._path(context.asset_key, context.partition_key if context.has_asset_partitions else None)
         target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(f".{target.name}.*.tmp"):  # of a killed run: steps of one table never overlap
+            leftover.unlink(missing_ok=True)
         temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
         try:
             table.check(obj).write_parquet(temporary, compression="zstd", statistics=True)

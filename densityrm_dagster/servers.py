@@ -30,7 +30,8 @@ def serve(root: Path) -> int:
         ],
         "Dagster daemon": [sys.executable, "-m", "dagster._daemon", "run", *module],
     }
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts us in the background has set SIGINT to be ignored
+        signal.signal(number, _interrupt)
     logs = root / "logs"
     logs.mkdir(exist_ok=True)
     processes = {name: _start(command, logs / f"{name.lower().replace(' ', '-')}.log") for name, command in commands.items()}

@@ -1,7 +1,6 @@
 """A training run as Dagster and MLflow see it: progress, curves, links, report card."""
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +27,8 @@ class Training:
         from densityrm_core.training import Watch
 
         self._context, self._mirror, self._unit = context, mirror, unit
-        self._parent, self._started, self._said = os.getppid(), time.monotonic(), 0.0
-        self.watch = Watch(report=self._point, should_stop=self._orphaned)
-
-    def _orphaned(self) -> bool:
-        """True once the process that started this step is gone: nobody would receive its result."""
-        return os.getppid() != self._parent
+        self._started, self._said = time.monotonic(), 0.0
+        self.watch = Watch(report=self._point)
 
     def _point(self, step: int, plan: "Plan", metrics: dict[str, float]) -> None:
         self._mirror.log(step * plan.units, metrics)

@@ -1,10 +1,12 @@
 """What a person meets at the command line: one clear message for bad input, the verdict for good."""
 
+import contextlib
 import gzip
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,42 @@ def test_a_missing_folder_is_named(tmp_path: Path):
 def test_a_wrong_experiment_file_stops_before_anything_is_written(tmp_path: Path, settings: str, words: list[str]):
     check_one_clear_message(demo(tmp_path, settings), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["experiment.yaml"]
+
+
+def processes_of(home: Path) -> list[int]:
+    """Processes that work on a state folder."""
+    mark = f"DENSITYRM_HOME={home}".encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (entry / "environ").read_bytes().split(b"\0") and "zombie" not in (entry / "status").read_text():
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_killed_demo_leaves_no_process_and_goes_on_where_it_stopped(tmp_path: Path):
+    home, path = tmp_path / "home", tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "reward_model": {"steps": 3000, "evaluate_every": 1000}}))
+    variables = {**os.environ, "DENSITYRM_EXPERIMENT": str(path), "DENSITYRM_HOME": str(home)}
+    command = [sys.executable, "-m", "densityrm_dagster", "demo"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=variables, stderr=log, stdout=log)  # noqa: S603  our own
+    deadline = time.monotonic() + 200
+    while "rm_uniform[0]" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while processes_of(home) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert processes_of(home) == []
+    made = (home / "tiny" / "tables" / "density_weights.parquet").stat().st_mtime_ns
+
+    result = demo(tmp_path, TINY)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (home / "tiny" / "tables" / "density_weights.parquet").stat().st_mtime_ns == made
+    assert "base_model[0]" not in result.stderr
+    assert not list(home.rglob("*.tmp"))
 
 
 def test_definitions_load_without_the_heavy_libraries():
