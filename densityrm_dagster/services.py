@@ -8,6 +8,7 @@ import dagster as dg
 
 _DAGSTER_YAML = """\
 telemetry: {enabled: false}
+nux: {enabled: false}
 python_logs: {python_log_level: INFO}
 run_coordinator: {module: dagster, class: QueuedRunCoordinator}
 concurrency: {runs: {max_concurrent_runs: 1}}
