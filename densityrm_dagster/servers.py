@@ -55,7 +55,7 @@ def serve(root: Path) -> int:
 
 
 def _start(command: list[str], log: Path) -> "subprocess.Popen[bytes]":
-    with log.open("ab") as output:  # a session of its own: Ctrl-C reaches this process only, which stops the group in order
+    with log.open("ab") as output:  # Ctrl-C then reaches this process only, which stops the servers in order
         return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)  # noqa: S603  our own command line
 
 
