@@ -16,9 +16,10 @@ from densityrm_core.grpo import RewardScale
 from densityrm_core.judge import Judge
 from densityrm_core.models import load_causal_lm, load_codec, load_reward_model
 from densityrm_core.packing import log_probs, pack
+from densityrm_core.prompts import id_keys
 from densityrm_core.reward_model import score_groups, score_pairs, tokenize_pairs
 from densityrm_core.rollout import sample_completions
-from densityrm_core.streams import stream_seed, unit_interval
+from densityrm_core.streams import stream_seed, unit_intervals
 from densityrm_core.tokens import Codec
 
 _PROMPTS_AT_A_TIME = 32
@@ -61,7 +62,7 @@ def held_out_prompts(pairs: pl.DataFrame, weights: pl.DataFrame, count: int) -> 
         columns prompt_id, context, decile, quartile.
     """
     chosen = pairs.filter(pl.col("split") == "test").unique("prompt_id", keep="first", maintain_order=True)
-    order = pl.Series("order", [unit_interval("evaluation", p) for p in chosen["prompt_id"]], pl.Float64)
+    order = pl.Series("order", unit_intervals(id_keys(chosen["prompt_id"]), 0, "evaluation"))
     return (
         chosen.with_columns(order)
         .sort("order")

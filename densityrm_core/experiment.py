@@ -40,16 +40,37 @@ class SourceSettings(Settings):
     max_malformed: int = Field(
         default=0, ge=0, description="malformed rows (broken JSON, missing or mistyped fields) to tolerate as rejects"
     )
+    weight: float = Field(
+        default=1.0, gt=0, le=1, description="share of the source's prompts that the union takes, drawn by prompt"
+    )
+    min_score_gap: float = Field(
+        default=0.0, ge=0, description="pairs whose scores lie closer are left out of the union; in the source's units"
+    )
+
+    def reading(self) -> dict[str, Any]:
+        """The settings that decide what is read of a source; the others only decide what the union takes of it."""
+        return self.model_dump(mode="json", exclude={"weight", "min_score_gap"})
 
 
 class StackExchangeSettings(SourceSettings):
     max_pairs_per_question: int = Field(default=10, ge=1, description="answer pairs kept of one question, widest score gap first")
 
 
+class NanochatSettings(SourceSettings):
+    path: str = Field(default="", description="a folder that holds pairs_all.jsonl, or that file; local or remote")
+    enabled: bool = Field(default=False, description="true reads the folder as a source of its own")
+
+
 class SourcesSettings(Settings):
     hh_rlhf: SourceSettings = SourceSettings()
     ultrafeedback: SourceSettings = SourceSettings()
     stack_exchange: StackExchangeSettings = StackExchangeSettings()
+    nanochat: NanochatSettings = NanochatSettings()
+
+    def enabled(self) -> dict[str, SourceSettings]:
+        """The sources that are read, by name."""
+        every = {name: cast(SourceSettings, getattr(self, name)) for name in type(self).model_fields}
+        return {name: source for name, source in every.items() if source.enabled}
 
 
 class PlantedSettings(Settings):
@@ -72,11 +93,28 @@ class PlantedSettings(Settings):
     )
 
 
+class PairsSettings(Settings):
+    max_pairs_per_prompt: int | None = Field(
+        default=None, ge=1, description="pairs the union keeps of one prompt, first come; all if not given"
+    )
+    max_prompt_chars: int | None = Field(
+        default=None, ge=1, description="pairs with a longer prompt are left out of the union; none if not given"
+    )
+
+
 class SplitSettings(Settings):
     seed: int = Field(default=0, ge=0, description="changes which prompts are held out, and nothing else")
     validation: float = Field(default=0.05, gt=0, lt=1, description="share of prompts in the validation split")
     test: float = Field(default=0.15, gt=0, lt=1, description="share of prompts in the test split, touched once")
     judge: Fraction = Field(default=0.1, description="share of prompts that train the judge, seen by no arm")
+    near_duplicates: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="whether near-duplicate prompts share a split; auto: up to `near_duplicate_prompts` prompts",
+    )
+    near_duplicate_prompts: int = Field(default=1_000_000, ge=1, description="auto: the most prompts that are compared")
+    near_duplicate_jaccard: float = Field(
+        default=0.8, gt=0, le=1, description="prompts are near-duplicates from this similarity of their 5-character shingles on"
+    )
 
     @model_validator(mode="after")
     def _leaves_a_training_split(self) -> SplitSettings:
@@ -109,6 +147,7 @@ class DensitySettings(Settings):
 
 
 class ComputeSettings(Settings):
+    parsers: int = Field(default=2, ge=1, description="processes that parse the raw rows of a large file")
     threads: int = Field(default=1, ge=1, description="torch threads of one training process; two assets train at a time")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where models run; auto takes a GPU if there is one"
@@ -182,6 +221,7 @@ class Experiment(Settings):
     arms: tuple[Literal["a", "b", "c", "d"], ...] = Field(default=("a", "b", "c"), min_length=1, description="GRPO arms to train")
     sources: SourcesSettings = SourcesSettings()
     planted: PlantedSettings = PlantedSettings()
+    pairs: PairsSettings = PairsSettings()
     splits: SplitSettings = SplitSettings()
     embedding: EmbeddingSettings = EmbeddingSettings()
     density: DensitySettings = DensitySettings()
@@ -194,13 +234,12 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Experiment:
-        sources = (self.sources.hh_rlhf, self.sources.ultrafeedback, self.sources.stack_exchange)
-        enabled = [s for s in sources if s.enabled]
+        enabled = self.sources.enabled()
         if len(set(self.seeds)) != len(self.seeds) or len(set(self.arms)) != len(self.arms):
             raise ValueError("seeds and arms must not repeat")
         if not enabled:
             raise ValueError("sources: at least one source must be enabled")
-        if self.judge.kind == "planted" and any(s.path != PLANTED for s in enabled):
+        if self.judge.kind == "planted" and any(s.path != PLANTED for s in enabled.values()):
             raise ValueError("judge.kind: 'planted' knows the truth of planted sources only; real rows need 'model'")
         if self.judge.kind == "model" and self.splits.judge == 0:
             raise ValueError("splits.judge: must be above 0 when judge.kind is 'model'")
@@ -209,7 +248,7 @@ class Experiment(Settings):
     @property
     def fingerprint(self) -> str:
         """16 hex digits that change whenever any setting that decides the outcome does; seeds and arms may be added freely."""
-        settings = self.model_dump(mode="json", exclude={"seeds", "arms", "name"})
+        settings = self.model_dump(mode="json", exclude={"seeds": True, "arms": True, "name": True, "compute": {"parsers"}})
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,32 +1,153 @@
-"""Pairs -> unique prompts with their counts."""
+"""Pairs -> unique prompts: their ids, where each comes first, and how many pairs it has."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 
-from densityrm_core import tables
+from densityrm_core.runs import runs
+from densityrm_core.storage import Stored, TableWriter, batches
+from densityrm_core.tables import PROMPTS
+
+Keys = npt.NDArray[np.uint64]
+Rows = npt.NDArray[np.int64]
 
 
 class PromptError(ValueError):
-    """The pairs contradict each other about a prompt."""
+    """Two different prompts share a key or an id."""
 
 
-def unique_prompts(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Every prompt of `pairs` (tables.PREFERENCE_PAIRS) once, in order of first appearance, per tables.PROMPTS.
+@dataclass(frozen=True)
+class PromptIndex:
+    """Which rows share a prompt. Prompts are numbered in order of first appearance."""
+
+    of_row: npt.NDArray[np.uint32]  # number of each row's prompt, shape (rows,)
+    first: Rows  # row in which each prompt comes first, ascending, shape (prompts,)
+    counts: Rows  # rows with each prompt, shape (prompts,)
+
+
+class PromptKeys:
+    """Two independent 64-bit hashes of the prompt of every row: the first one tells prompts apart, the second one checks it.
+
+    The expected number of collisions of the first among n prompts is n^2 / 2^65, 3e-6 for 10 million.
+    """
+
+    def __init__(self) -> None:
+        self._keys: list[Keys] = []
+        self._checks: list[Keys] = []
+
+    def add(self, prompts: pl.Series) -> None:
+        """Append the prompts of further rows."""
+        self._keys.append(prompts.hash(seed=0).to_numpy())
+        self._checks.append(prompts.hash(seed=1).to_numpy())
+
+    def index(self, taken: Rows | None = None) -> tuple[PromptIndex, Rows]:
+        """The index of the rows `taken` (default: all), and the first two rows of different prompts under one key.
+
+        The latter has shape (2,) if there are such rows, else (0,). Rows count among those taken.
+        """
+        keys, checks = _joined(self._keys), _joined(self._checks)
+        if taken is not None:
+            keys, checks = keys[taken], checks[taken]
+        order = np.argsort(keys, kind="stable")
+        starts, counts = runs(keys[order])
+        first = order[starts]
+        number = np.empty(len(first), dtype=np.uint32)
+        by_appearance = np.argsort(first, kind="stable")
+        number[by_appearance] = np.arange(len(first), dtype=np.uint32)
+        of_row = np.empty(len(keys), dtype=np.uint32)
+        of_row[order] = np.repeat(number, counts)
+        index = PromptIndex(of_row, first[by_appearance], counts[by_appearance])
+        odd = np.flatnonzero(checks != checks[index.first][of_row])[:1]
+        return index, np.concatenate([index.first[of_row[odd]], odd])
+
+
+def prompt_ids(prompts: Iterable[str]) -> list[str]:
+    """First 16 hex digits of the MD5 of each prompt's UTF-8 bytes.
 
     Raises:
-        PromptError: two different prompts share an id, or a prompt is in two splits; the message names both.
+        PromptError: two of the prompts, which must be distinct, share an id; the message names both.
     """
-    grouped = pairs.group_by("prompt_id", maintain_order=True).agg(
-        pl.col("prompt").first(),
-        pl.col("split").first(),
-        pl.len().cast(pl.Int64).alias("pairs"),
-        pl.col("src").unique().sort().alias("sources"),
-        pl.col("prompt").unique().alias("texts"),
-        pl.col("split").unique().sort().alias("splits"),
+    texts = list(prompts)
+    ids = [hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()[:16] for text in texts]
+    if len(set(ids)) < len(ids):
+        raise collided(*[text for text, i in zip(texts, ids, strict=True) if ids.count(i) > 1][:2])
+    return ids
+
+
+def index_prompts(parts: Iterable[pl.Series]) -> tuple[pl.DataFrame, PromptIndex]:
+    """Unique prompts of rows that come in parts: columns prompt_id, prompt, pairs; and which row has which.
+
+    Raises:
+        PromptError: two different prompts share a key or an id; the message names both.
+    """
+    keys, kept = PromptKeys(), list[pl.Series]()
+    for part in parts:
+        keys.add(part)
+        kept.append(part)
+    rows = pl.concat(kept)
+    index, collision = keys.index()
+    if len(collision):
+        raise collided(rows[int(collision[0])], rows[int(collision[1])])
+    unique = rows.gather(index.first)
+    return pl.DataFrame({"prompt_id": prompt_ids(unique), "prompt": unique, "pairs": index.counts}), index
+
+
+def unique_prompts(pairs: Path, out: Path) -> Stored:
+    """Write every prompt of a table of pairs (tables.PREFERENCE_PAIRS) once, in order of first appearance, per tables.PROMPTS.
+
+    Reads the pairs twice, a batch at a time: once to count, once for the texts.
+    """
+    counts, sources, names = _count(pairs)
+    with TableWriter(out, PROMPTS) as writer:
+        known = 0
+        for batch in batches(pairs, ["prompt_id", "prompt", "prompt_index", "cluster", "split"]):
+            new = batch.filter(pl.col("prompt_index") >= known).unique("prompt_index", keep="first", maintain_order=True)
+            part = slice(known, known := known + new.height)
+            lists = [[name for bit, name in enumerate(names) if mask >> bit & 1] for mask in sources[part].tolist()]
+            found = new.with_columns(pl.Series("pairs", counts[part]), pl.Series("sources", lists, pl.List(pl.String())))
+            writer.write(found.select(PROMPTS.schema.names()))
+    return writer.stored
+
+
+def collided(first: str, second: str) -> PromptError:
+    """The error that names two prompts that cannot be told apart."""
+    return PromptError(
+        f"two different prompts have the same 64-bit key: {first[:200]!r} and {second[:200]!r}; reject one of them"
     )
-    for row in grouped.filter((pl.col("texts").list.len() > 1) | (pl.col("splits").list.len() > 1)).iter_rows(named=True):
-        if len(row["texts"]) > 1:
-            raise PromptError(f"prompt_id {row['prompt_id']} stands for two prompts: {row['texts'][0]!r} and {row['texts'][1]!r}")
-        raise PromptError(f"prompt {row['prompt_id']} is in the splits {' and '.join(row['splits'])}: {row['prompt']!r}")
-    return grouped.select(tables.PROMPTS.schema.names())
+
+
+def id_keys(ids: pl.Series) -> Keys:
+    """The 64 bits that ids of 16 hex digits spell, shape (n,)."""
+    return ids.str.decode("hex").bin.reinterpret(dtype=pl.UInt64, endianness="big").to_numpy()
+
+
+def key_ids(keys: Keys) -> pl.Series:
+    """Ids of 16 hex digits that spell 64-bit keys."""
+    return pl.Series([f"{key:016x}" for key in keys.tolist()], dtype=pl.String)
+
+
+def _count(pairs: Path) -> tuple[Rows, Keys, list[str]]:
+    """Pairs of each prompt, the set of its sources as bits, and the sources that the bits stand for, sorted."""
+    with pairs.open("rb") as file:
+        about = pl.scan_parquet(file).select(
+            pl.col("prompt_index").max().fill_null(0) + 1, pl.col("src").unique().sort().implode()
+        )
+        prompts, names = about.collect().row(0)
+    counts, sources = np.zeros(prompts, dtype=np.int64), np.zeros(prompts, dtype=np.uint64)
+    for batch in batches(pairs, ["prompt_index", "src"]):
+        index = batch["prompt_index"].to_numpy()
+        np.add.at(counts, index, 1)
+        bits = batch["src"].replace_strict(names, [1 << bit for bit in range(len(names))], return_dtype=pl.UInt64)
+        np.bitwise_or.at(sources, index, bits.to_numpy())
+    return counts, sources, names
+
+
+def _joined(parts: list[Keys]) -> Keys:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)

@@ -6,10 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from densityrm_core.streams import stream_seed
+from densityrm_core.streams import Words, mix64, stream_seed
 
 Ints = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
 _ROUNDS = 4
 
 
@@ -107,17 +106,9 @@ def _permute(t: Words, n: int, keys: Words) -> Words:
     while len(todo):
         left, right = x >> half, x & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right, key) & mask)
+            left, right = right, left ^ (mix64(right, key) & mask)
         x = (left << half) | right
         inside = x < np.uint64(n)
         out[todo[inside]] = x[inside]
         todo, x = todo[~inside], x[~inside]
     return out
-
-
-def _mix(x: Words, key: np.uint64) -> Words:
-    """The finaliser of splitmix64 [Steele, Lea & Flood 2014] of x + key, modulo 2^64."""
-    x = x + key
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

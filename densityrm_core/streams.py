@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
+
+Words = npt.NDArray[np.uint64]
 
 
 def stream(seed: int, *names: str | int) -> np.random.Generator:
@@ -17,10 +20,17 @@ def stream_seed(seed: int, *names: str | int) -> int:
     return int(np.random.SeedSequence([seed, *_words(names)]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def unit_interval(*parts: str | int) -> float:
-    """A number in [0, 1) that is a pure function of `parts`: equal parts, equal number, whatever else exists."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:7], "big") / 2**56
+def unit_intervals(keys: Words, seed: int, *names: str | int) -> npt.NDArray[np.float64]:
+    """Numbers in [0, 1), each a pure function of its 64-bit key, the seed and the name, whatever other keys exist. Shape (n,)."""
+    return (mix64(keys, np.uint64(stream_seed(seed, *names))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def mix64(x: Words, key: np.uint64) -> Words:
+    """The finaliser of splitmix64 [Steele, Lea & Flood 2014] of x + key, modulo 2^64."""
+    x = x + key
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _words(names: tuple[str | int, ...]) -> list[int]:

@@ -66,7 +66,10 @@ TURN = pl.Struct({"role": pl.String(), "content": pl.String()})
 EMBEDDING = pl.Array(pl.Float32(), 0)  # 0 stands for "whatever the encoder gives"
 
 _PROMPT_ID = Column("prompt_id", pl.String(), "first 16 hex digits of the MD5 of the prompt's UTF-8 bytes")
-_SPLIT = Column("split", pl.String(), "train, validation, test or judge; a prompt is in exactly one")
+_CLUSTER = Column(
+    "cluster", pl.String(), "near-duplicates share it: first 16 hex digits of the MD5 of the founding prompt's normalised text"
+)
+_SPLIT = Column("split", pl.String(), "train, validation, test or judge; a cluster is in exactly one")
 _SEED = Column("seed", pl.Int64(), "replicate of the experiment")
 
 _DECILE = Column("decile", pl.Int64(), "density decile of the prompt, cut on the training prompts: 1 the rarest tenth")
@@ -81,11 +84,18 @@ _PAIR_COLUMNS = (
     Column("rejected", pl.String(), "the other reply"),
     Column("score_chosen", pl.Float32(), "the source's score of the preferred reply, in the source's units", nullable=True),
     Column("score_rejected", pl.Float32(), "the source's score of the other reply", nullable=True),
-    Column("src", pl.String(), "hh, ultrafeedback or stack_exchange"),
+    Column("src", pl.String(), "hh, ultrafeedback, stack_exchange, or what a nanochat row says"),
     Column("origin", pl.String(), "file and row (1-based) that the pair was read from"),
 )
 
-SOURCE_PAIRS = Table("source_pairs", "canonical preference pairs of one source", _PAIR_COLUMNS)
+SOURCE_PAIRS = Table(
+    "source_pairs",
+    "canonical preference pairs of one source",
+    (
+        *_PAIR_COLUMNS,
+        Column("comparison", pl.UInt64(), "64-bit BLAKE2 hash of the context and both replies in either order"),
+    ),
+)
 
 REJECTS = Table(
     "rejects",
@@ -100,14 +110,19 @@ REJECTS = Table(
     ),
 )
 
-PREFERENCE_PAIRS = Table("preference_pairs", "the union of all sources: deduplicated, split by prompt", (*_PAIR_COLUMNS, _SPLIT))
+PREFERENCE_PAIRS = Table(
+    "preference_pairs",
+    "the union of all sources: deduplicated, split by prompt",
+    (*_PAIR_COLUMNS, Column("prompt_index", pl.UInt32(), "row of the prompt in the table of prompts"), _CLUSTER, _SPLIT),
+)
 
 PROMPTS = Table(
     "prompts",
-    "every unique prompt",
+    "every unique prompt, in order of first appearance",
     (
         _PROMPT_ID,
         Column("prompt", pl.String(), "the text"),
+        _CLUSTER,
         _SPLIT,
         Column("pairs", pl.Int64(), "preference pairs with this prompt"),
         Column("sources", pl.List(pl.String()), "sources the prompt occurs in, sorted"),

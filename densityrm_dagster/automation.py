@@ -1,11 +1,14 @@
 """What runs by itself: a weekly schedule and a sensor for changed content. Both are shipped switched off."""
 
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition  # its return type
 
 from densityrm_core.experiment import Experiment
+from densityrm_dagster.freshness import changed_sources
 
 _MONDAY = "0 3 * * 1"
 
@@ -30,6 +33,31 @@ def automation_sensor() -> dg.AutomationConditionSensorDefinition:
     return dg.AutomationConditionSensorDefinition(
         "new_content", target=dg.AssetSelection.all(), default_status=dg.DefaultSensorStatus.STOPPED
     )
+
+
+def source_sensor(experiment: Experiment, raw: Path) -> dg.SensorDefinition:
+    """Watches the raw files of all sources, local and remote, and has those read again that changed.
+
+    What was read of unchanged files is kept, and what hangs on a source is left alone unless its content changed: then
+    `new_content` carries on.
+    """
+    keys = {name: [dg.AssetKey(f"{name}_{table}") for table in ("pairs", "rejects")] for name in experiment.sources.enabled()}
+
+    @dg.sensor(
+        name="source_files",
+        target=dg.AssetSelection.assets(*(key for pair in keys.values() for key in pair)),
+        minimum_interval_seconds=300,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+    )
+    def source_files(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        """Requests a run for the sources with new, changed or missing files; once for each state of the files."""
+        changed = changed_sources(context.instance, experiment, raw)
+        if not changed:
+            return dg.SkipReason("every source was read from the files as they are")
+        state = "-".join(f"{name}={hashlib.sha256(stamp.encode()).hexdigest()[:16]}" for name, stamp in sorted(changed.items()))
+        return dg.RunRequest(run_key=state, asset_selection=[key for name in changed for key in keys[name]])
+
+    return source_files
 
 
 def weekly_schedule(experiment: Experiment, job: UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:

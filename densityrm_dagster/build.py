@@ -11,7 +11,7 @@ from densityrm_dagster.assets.models import model_assets
 from densityrm_dagster.assets.pairs import pair_assets
 from densityrm_dagster.assets.policies import policy_assets
 from densityrm_dagster.assets.reward_models import reward_model_assets
-from densityrm_dagster.automation import automation_sensor, weekly_schedule
+from densityrm_dagster.automation import automation_sensor, source_sensor, weekly_schedule
 from densityrm_dagster.checks import density_checks
 from densityrm_dagster.io_managers import FolderIOManager, ParquetIOManager
 from densityrm_dagster.jobs import build_jobs
@@ -27,7 +27,7 @@ def build_definitions(experiment: Experiment, root: Path | None = None) -> dg.De
     state = root / experiment.name
     address = urls()
     assets = [
-        *pair_assets(experiment, root / "raw"),
+        *pair_assets(experiment, root / "raw", state / "shards"),
         *density_assets(experiment),
         *model_assets(experiment),
         *reward_model_assets(experiment),
@@ -40,7 +40,7 @@ def build_definitions(experiment: Experiment, root: Path | None = None) -> dg.De
         asset_checks=[density_checks()],
         jobs=list(jobs.values()),
         schedules=[weekly_schedule(experiment, jobs["run_experiment"])],
-        sensors=[automation_sensor()],
+        sensors=[automation_sensor(), source_sensor(experiment, root / "raw")],
         resources={
             "experiment": guarded_experiment(experiment),
             "tables": ParquetIOManager(folder=str(state / "tables")),

@@ -5,8 +5,10 @@ import sys
 import time
 
 import typer
+from dagster._core.errors import DagsterExecutionInterruptedError  # what Ctrl-C becomes inside a run; exported nowhere else
 
 from densityrm_core.experiment import ExperimentError, home, load_experiment
+from densityrm_dagster.cli_data import export_nanochat, import_nanochat, inspect
 from densityrm_dagster.services import prepare_home
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Does sampling preference pairs by 1/density help?")
@@ -17,7 +19,8 @@ def main() -> None:
     try:
         app()
     except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -26,17 +29,22 @@ def demo() -> None:
     """Run the experiment for every seed and print the verdict; what is up to date is not made again."""
     experiment = load_experiment()
     root = home()
-    prepare_home(root)
-    from densityrm_dagster.run import describe_sources, run_experiment
+    prepare_home(root, experiment.name)
+    from densityrm_dagster.run import RunFailedError, describe_sources, run_experiment
 
     started = time.monotonic()
     print(f"experiment {experiment.name}, seeds {', '.join(map(str, experiment.seeds))}, state in {root}\n", file=sys.stderr)
-    for seed in experiment.seeds:
-        failures = run_experiment(seed)
-        if failures:
-            for failure in failures:
-                print(f"error: {failure}", file=sys.stderr)
-            raise typer.Exit(1)
+    try:
+        made = [run_experiment(seed, experiment, root) for seed in experiment.seeds]
+    except RunFailedError as failure:
+        for reason in failure.reasons:
+            print(f"error: {reason}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except (KeyboardInterrupt, DagsterExecutionInterruptedError):
+        print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if not any(made):
+        print("everything is up to date; this is the verdict of the last run", file=sys.stderr)
     report = root / experiment.name / "reports" / "hypothesis_report"
     print("\n" + describe_sources(experiment) + "\n")
     print((report / "report.txt").read_text(encoding="utf-8"))
@@ -48,11 +56,14 @@ def demo() -> None:
 @app.command()
 def up() -> None:
     """Start the Dagster interface with its daemon, and the MLflow interface, on loopback; Ctrl-C stops all."""
-    load_experiment()
-    prepare_home(home())
+    in_use = prepare_home(home(), load_experiment().name)
     from densityrm_dagster.servers import serve
 
-    raise typer.Exit(serve(home()))
+    raise typer.Exit(serve(home(), in_use))
+
+
+for command in (inspect, export_nanochat, import_nanochat):
+    app.command()(command)
 
 
 @app.command()

@@ -11,44 +11,56 @@ import dagster as dg
 import polars as pl
 
 from densityrm_core import tables
+from densityrm_core.storage import Stored, held, read_frame, sweep, temporary_folder, write_frame
 
 TABLE = "table"  # definition metadata that names the asset's schema in densityrm_core.tables
 
 
 class ParquetIOManager(dg.ConfigurableIOManager):
-    """Polars frames at `<folder>/<asset>.parquet`, or `<folder>/<asset>/<partition>.parquet`.
+    """Tables at `<folder>/<asset>.parquet`, or `<folder>/<asset>/<partition>.parquet`: zstd, with statistics, never in part.
 
-    A frame that differs from its table's schema is refused before anything is written. An unpartitioned asset that reads a
-    partitioned one receives all partitions that exist, concatenated.
+    An asset returns a frame, or, where memory must not grow with rows, a `Stored` table that it wrote under `stage`. Anything
+    that differs from its table's schema is refused before the former file is touched. What an asset receives follows its
+    annotation: a DataFrame, a LazyFrame, or a Path to read batch by batch. Each is the table as it was when the asset started,
+    whatever replaces it meanwhile. An unpartitioned asset that reads a partitioned one receives all partitions that exist.
     """
 
     folder: str
 
-    def handle_output(self, context: dg.OutputContext, obj: pl.DataFrame) -> None:
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        sweep(Path(self.folder))
+
+    def stage(self, asset: str) -> contextlib.AbstractContextManager[Path]:
+        """A folder to write an asset's tables into, on the file system of their final place; gone when the block ends."""
+        return temporary_folder(self.path(dg.AssetKey(asset)))
+
+    def handle_output(self, context: dg.OutputContext, obj: pl.DataFrame | Stored) -> None:
         table = _table(context.definition_metadata)
-        target = self._path(context.asset_key, context.partition_key if context.has_asset_partitions else None)
+        target = self.path(context.asset_key, context.partition_key if context.has_asset_partitions else None)
         target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in target.parent.glob(f".{target.name}.*.tmp"):  # of a killed run: steps of one table never overlap
-            leftover.unlink(missing_ok=True)
-        temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
-        try:
-            table.check(obj).write_parquet(temporary, compression="zstd", statistics=True)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        context.add_output_metadata({"path": dg.MetadataValue.path(str(target)), "dagster/storage_kind": "parquet"})
+        if isinstance(obj, Stored):
+            if obj.table != table:
+                raise tables.TableError(f"{target.stem} must hold the table {table.name}, not {obj.table.name}")
+            obj.path.replace(target)
+        else:
+            write_frame(obj, target, table)
+        size = round(target.stat().st_size / 2**20, 3)
+        context.add_output_metadata(
+            {"path": dg.MetadataValue.path(str(target)), "size_mib": size, "dagster/storage_kind": "parquet"}
+        )
 
-    def load_input(self, context: dg.InputContext) -> pl.DataFrame:
+    def load_input(self, context: dg.InputContext) -> pl.DataFrame | pl.LazyFrame | Path:
         assert context.upstream_output is not None
-        table = _table(context.upstream_output.definition_metadata)
+        table, wanted = _table(context.upstream_output.definition_metadata), context.dagster_type.typing_type
         if not context.has_asset_partitions:
-            return _read(self._path(context.asset_key))
-        paths = [self._path(context.asset_key, key) for key in context.asset_partition_keys]
+            return _load(self.path(context.asset_key), wanted)
+        paths = [self.path(context.asset_key, key) for key in context.asset_partition_keys]
         if len(paths) == 1:
-            return _read(paths[0])
-        return pl.concat([table.empty(), *(_read(path) for path in paths if path.exists())])
+            return _load(paths[0], wanted)
+        return pl.concat([table.empty(), *(read_frame(path) for path in paths if path.exists())])
 
-    def _path(self, key: dg.AssetKey, partition: str | None = None) -> Path:
+    def path(self, key: dg.AssetKey, partition: str | None = None) -> Path:
+        """Where a table is, or will be."""
         base = Path(self.folder, *key.path)
         return base / f"{partition}.parquet" if partition is not None else base.with_name(f"{base.name}.parquet")
 
@@ -104,10 +116,11 @@ def _table(metadata: Any) -> tables.Table:
     return getattr(tables, str((metadata or {})[TABLE]).upper())
 
 
-def _read(path: Path) -> pl.DataFrame:
+def _load(path: Path, wanted: Any) -> pl.DataFrame | pl.LazyFrame | Path:
     try:
-        with path.open("rb") as file:  # an open file outlives its replacement by a later run
-            return pl.read_parquet(file)
+        if wanted is Path:
+            return held(path)
+        return pl.scan_parquet(path.open("rb")) if wanted is pl.LazyFrame else read_frame(path)
     except FileNotFoundError:
         raise dg.Failure(_missing(path), allow_retries=False) from None
 

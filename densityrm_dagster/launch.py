@@ -6,7 +6,7 @@ import dagster as dg
 from pydantic import Field, ValidationError, create_model
 
 from densityrm_core.experiment import Experiment, Settings, describe
-from densityrm_dagster.orphans import exit_with_run
+from densityrm_core.processes import exit_with_parent
 
 S = TypeVar("S", bound=Settings)
 
@@ -40,7 +40,7 @@ def guarded_experiment(experiment: Experiment) -> dg.ResourceDefinition:
     }
 
     def check_and_give(context: dg.InitResourceContext) -> Experiment:
-        exit_with_run()
+        exit_with_parent()
         run = context.run
         ops = cast(dict[str, Any], run.run_config.get("ops", {})) if run and isinstance(run.run_config, dict) else {}
         for name, section in sections.items():

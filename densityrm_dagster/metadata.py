@@ -10,30 +10,35 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
+from densityrm_core.storage import Stored
 from densityrm_core.tables import Table
 
 _PREVIEW_ROWS, _PREVIEW_CHARS = 5, 60
 
 
 def table_output(
-    frame: pl.DataFrame,
+    value: pl.DataFrame | Stored,
     table: Table,
     lineage: Mapping[str, list[tuple[str, str]]] | None = None,
     card: Mapping[str, Any] | None = None,
     name: str = "result",
-) -> dg.Output[pl.DataFrame]:
-    """`frame` with its row count, schema, first rows, column lineage, `card`, and a data version that is a hash of its content.
+) -> dg.Output[pl.DataFrame | Stored]:
+    """A table with its row count, schema, first rows, column lineage, `card`, and a data version that is a hash of its content.
 
     `lineage` maps a column to the (asset, column) pairs it is made from.
     """
+    if isinstance(value, Stored):
+        rows, head, content = value.rows, next(value.batches(), table.empty()), value.sha256
+    else:
+        rows, head, content = value.height, value, content_hash(value)
     columns = [
-        dg.TableColumn(c.name, str(frame.schema[c.name]), c.meaning, dg.TableColumnConstraints(nullable=c.nullable))
+        dg.TableColumn(c.name, str(head.schema[c.name]), c.meaning, dg.TableColumnConstraints(nullable=c.nullable))
         for c in table.columns
     ]
     metadata: dict[str, Any] = {
-        "dagster/row_count": frame.height,
+        "dagster/row_count": rows,
         "dagster/column_schema": dg.TableSchema(columns),
-        "first_rows": dg.MetadataValue.md(markdown_table(frame.head(_PREVIEW_ROWS))),
+        "first_rows": dg.MetadataValue.md(markdown_table(head.head(_PREVIEW_ROWS))),
         **(card or {}),
     }
     if lineage:
@@ -42,7 +47,7 @@ def table_output(
             for column, sources in lineage.items()
         }
         metadata["dagster/column_lineage"] = dg.TableColumnLineage(deps)
-    return dg.Output(frame, output_name=name, metadata=metadata, data_version=dg.DataVersion(content_hash(frame)))
+    return dg.Output(value, output_name=name, metadata=metadata, data_version=dg.DataVersion(content))
 
 
 def folder_output(folder: Path, card: Mapping[str, Any]) -> dg.Output[Path]:
@@ -60,10 +65,10 @@ def plot(png: bytes) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md(f"![](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
-def markdown_table(frame: pl.DataFrame) -> str:
-    """A frame as a Markdown table, long cells cut."""
+def markdown_table(frame: pl.DataFrame, longest: int = _PREVIEW_CHARS) -> str:
+    """A frame as a Markdown table, cells cut to `longest` characters."""
     lines = ["| " + " | ".join(frame.columns) + " |", "|" + " --- |" * frame.width]
-    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in frame.iter_rows()]
+    lines += ["| " + " | ".join(_cell(value, longest) for value in row) + " |" for row in frame.iter_rows()]
     return "\n".join(lines)
 
 
@@ -83,7 +88,7 @@ def folder_hash(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, longest: int) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     text = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-    return text if len(text) <= _PREVIEW_CHARS else text[: _PREVIEW_CHARS - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -1,10 +1,14 @@
 """Run an experiment from the terminal, in the same Dagster instance that the interface shows."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import dagster as dg
 
 from densityrm_core.experiment import Experiment
 from densityrm_dagster.assets.pairs import SOURCES
-from densityrm_dagster.freshness import outdated
+from densityrm_dagster.freshness import Exists, changed_sources, outdated
+from densityrm_dagster.reaper import PROCESS, this_process
 
 # Two steps at a time, each a fork of a server that has paid for the slow imports once
 _EXECUTOR = {
@@ -24,6 +28,14 @@ _EXECUTOR = {
 }
 
 
+class RunFailedError(Exception):
+    """A run failed; `reasons` has a line for each failed step."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons
+
+
 def run_experiment_job() -> dg.JobDefinition:
     """The job `run_experiment`, as a step's own process finds it."""
     from densityrm_dagster.definitions import defs
@@ -31,35 +43,51 @@ def run_experiment_job() -> dg.JobDefinition:
     return defs.resolve_job_def("run_experiment")
 
 
-def run_experiment(seed: int) -> list[str]:
-    """Materialize what is missing or outdated for one seed. Returns what failed, one line each."""
+def run_experiment(seed: int, experiment: Experiment, root: Path) -> bool:
+    """Materialize what is missing, lost or outdated for one seed; sources whose raw files changed are read first.
+
+    Returns:
+        whether there was anything to do.
+
+    Raises:
+        RunFailedError: a step failed.
+    """
     from densityrm_dagster.definitions import defs
 
     with dg.DagsterInstance.get() as instance:
-        wanted = outdated(instance, defs, str(seed))
-        if not wanted:
-            return []
-        result = dg.execute_job(
-            dg.reconstructable(run_experiment_job),
-            instance=instance,
-            tags={"dagster/partition": str(seed)},
-            asset_selection=wanted,
-            run_config={"execution": {"config": {"multiprocess": _EXECUTOR}}, "loggers": {"terminal": {}}},
-        )
-        if result.success:
-            return []
-        failed = [event for event in result.all_events if event.is_failure]
-        steps = [event for event in failed if event.is_step_failure]
-        return [_reason(event) for event in steps or failed] or ["the run failed; the Dagster interface shows why"]
+        wanted = outdated(instance, defs, str(seed), stored_under(root / experiment.name))
+        changed = [dg.AssetKey(f"{name}_pairs") for name in changed_sources(instance, experiment, root / "raw")]
+        again = [key for key in changed if key not in wanted]
+        if again:
+            rejects = [dg.AssetKey(key.to_user_string().removesuffix("_pairs") + "_rejects") for key in again]
+            _materialize(instance, seed, again + rejects)
+            wanted = outdated(instance, defs, str(seed), stored_under(root / experiment.name))
+        if wanted:
+            _materialize(instance, seed, wanted)
+        return bool(again or wanted)
+
+
+def stored_under(state: Path) -> Exists:
+    """Whether an asset's stored value is there: a table, a model folder or a report."""
+
+    def exists(key: dg.AssetKey, partition: str | None) -> bool:
+        name = key.to_user_string()
+        if partition is None:
+            places = [state / "tables" / f"{name}.parquet", state / "models" / name, state / "reports" / name]
+        else:
+            places = [state / "tables" / name / f"{partition}.parquet", state / "models" / name / partition]
+        return any(place.exists() for place in places)
+
+    return exists
 
 
 def describe_sources(experiment: Experiment) -> str:
     """What became of the raw rows of every enabled source, from its latest materialization: a line each."""
     lines: list[str] = []
     with dg.DagsterInstance.get() as instance:
-        for source, title in SOURCES.items():
+        for source in experiment.sources.enabled():
             event = instance.get_latest_materialization_event(dg.AssetKey(f"{source}_pairs"))
-            if event is None or event.asset_materialization is None or not getattr(experiment.sources, source).enabled:
+            if event is None or event.asset_materialization is None:
                 continue
             numbers = {name: entry.value for name, entry in event.asset_materialization.metadata.items()}
             rows, pairs, rejects = numbers["rows_read"], numbers["pairs"], numbers["rejects"]
@@ -67,8 +95,23 @@ def describe_sources(experiment: Experiment) -> str:
             if numbers["candidate_pairs"] != rows:
                 read += f" with {numbers['candidate_pairs']:,} candidate pairs"
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in numbers["reject_counts"].items())
+            title = SOURCES[source]
             lines.append(f"{title:<14} {read} = {pairs:,} pairs + {rejects:,} rejects" + (f" ({reasons})" if reasons else ""))
     return "\n".join(lines)
+
+
+def _materialize(instance: dg.DagsterInstance, seed: int, assets: Sequence[dg.AssetKey]) -> None:
+    result = dg.execute_job(
+        dg.reconstructable(run_experiment_job),
+        instance=instance,
+        tags={"dagster/partition": str(seed), PROCESS: this_process()},
+        asset_selection=list(assets),
+        run_config={"execution": {"config": {"multiprocess": _EXECUTOR}}, "loggers": {"terminal": {}}},
+    )
+    if not result.success:
+        failed = [event for event in result.all_events if event.is_failure]
+        steps = [event for event in failed if event.is_step_failure]
+        raise RunFailedError([_reason(event) for event in steps or failed] or ["the run failed; the Dagster interface shows why"])
 
 
 def _reason(event: dg.DagsterEvent) -> str:

@@ -15,8 +15,12 @@ from densityrm_dagster.services import urls
 _START_S, _STOP_S = 180, 15
 
 
-def serve(root: Path) -> int:
-    """Start all servers on the state in `root`, print their addresses, and wait for Ctrl-C or SIGTERM. Returns an exit code."""
+def serve(root: Path, in_use: int) -> int:
+    """Start all servers on the state in `root`, print their addresses, and wait for Ctrl-C or SIGTERM. Returns an exit code.
+
+    Args:
+        in_use: the lock of `prepare_home`; the servers hold it too, should this process be killed before them.
+    """
     address = urls()
     database, artifacts = root / "mlflow" / "mlflow.db", root / "mlflow" / "artifacts"
     module = ["-m", "densityrm_dagster.definitions"]
@@ -34,7 +38,9 @@ def serve(root: Path) -> int:
         signal.signal(number, _interrupt)
     logs = root / "logs"
     logs.mkdir(exist_ok=True)
-    processes = {name: _start(command, logs / f"{name.lower().replace(' ', '-')}.log") for name, command in commands.items()}
+    processes = {
+        name: _start(command, logs / f"{name.lower().replace(' ', '-')}.log", in_use) for name, command in commands.items()
+    }
     try:
         for name, url in (("Dagster", f"{address.dagster}/server_info"), ("MLflow", f"{address.mlflow}/health")):
             _await(name, url, processes[name], logs)
@@ -54,9 +60,11 @@ def serve(root: Path) -> int:
         _stop(list(processes.values()))
 
 
-def _start(command: list[str], log: Path) -> "subprocess.Popen[bytes]":
+def _start(command: list[str], log: Path, in_use: int) -> "subprocess.Popen[bytes]":
     with log.open("ab") as output:  # Ctrl-C then reaches this process only, which stops the servers in order
-        return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)  # noqa: S603  our own command line
+        return subprocess.Popen(  # noqa: S603  our own command line
+            command, stdout=output, stderr=output, start_new_session=True, pass_fds=[in_use]
+        )
 
 
 def _await(name: str, url: str, process: "subprocess.Popen[bytes]", logs: Path) -> None:

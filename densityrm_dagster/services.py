@@ -1,10 +1,14 @@
 """The two servers of a user, Dagster and MLflow: where they are, and the Dagster instance they share."""
 
+import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
+
+from densityrm_core.storage import lock, sweep
+from densityrm_dagster.reaper import close_dead_runs
 
 _DAGSTER_YAML = """\
 telemetry: {enabled: false}
@@ -30,12 +34,17 @@ def urls() -> Addresses:
     return Addresses(f"http://127.0.0.1:{dagster}", f"http://127.0.0.1:{mlflow}", dagster, mlflow)
 
 
-def prepare_home(root: Path) -> None:
-    """Create the state folder with a Dagster instance in it, and point this process and its children at them.
+def prepare_home(root: Path, experiment: str) -> int:
+    """Create an experiment's state with a Dagster instance of its own, and point this process and its children at them.
 
-    The instance's database is created here, once: two servers that find none would both create it, and one would fail.
+    The instance's database is created here, once: two servers that find none would both create it, and one would fail. What a
+    killed process left is cleared away: half-written files, and runs that it had in hand.
+
+    Returns:
+        the descriptor of a lock that says "in use" for as long as this process, or one that it passes it to, lives.
     """
-    instance = root / "dagster"
+    state = root / experiment
+    instance = state / "dagster"
     instance.mkdir(parents=True, exist_ok=True)
     (root / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
     settings = instance / "dagster.yaml"
@@ -45,5 +54,11 @@ def prepare_home(root: Path) -> None:
     os.environ.setdefault("MPLCONFIGDIR", str(root / "cache" / "matplotlib"))
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    with dg.DagsterInstance.get():
-        pass
+    in_use = os.open(instance / "in-use.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    alone = lock(in_use)
+    with dg.DagsterInstance.get() as opened:
+        close_dead_runs(opened, root, alone)
+    if alone:
+        sweep(state)
+    fcntl.flock(in_use, fcntl.LOCK_SH)
+    return in_use

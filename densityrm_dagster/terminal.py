@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import dagster as dg
@@ -16,6 +18,19 @@ def terminal_logger(context: dg.InitLoggerContext) -> logging.Logger:
     handler.addFilter(_said_by_an_asset)
     logger.addHandler(handler)
     return logger
+
+
+def progress(log: Callable[[str], None], every_s: float = 5.0) -> Callable[[str], None]:
+    """`log`, but at most one line every few seconds."""
+    said = time.monotonic()
+
+    def say(text: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= every_s:
+            said = time.monotonic()
+            log(text)
+
+    return say
 
 
 def _said_by_an_asset(record: logging.LogRecord) -> bool:

@@ -1,25 +1,33 @@
-"""Raw rows, one at a time, from JSON lines and Parquet files on this machine or on the Hugging Face hub."""
+"""Raw files and their rows: JSON lines and Parquet, on this machine, on the Hugging Face hub, or wherever fsspec reaches."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import posixpath
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import IO, Any, cast
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
+from densityrm_core.sources import hub
 from densityrm_core.sources.rows import MalformedError, SourceError, check_text, decode
 
+Progress = Callable[[str, int, int], None]  # name of a file, bytes that are here, bytes in all
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_BROKEN = (gzip.BadGzipFile, zlib.error, EOFError, pa.ArrowException)  # what readers raise of a file that is not what it says
 _PARQUET_ROWS = 256  # rows held in memory at a time
 
 
@@ -29,6 +37,16 @@ class RawRow:
 
     origin: str
     content: bytes | dict[str, Any] | MalformedError
+
+    @property
+    def size(self) -> int:
+        """Roughly its bytes in memory."""
+        return len(self.content) if isinstance(self.content, bytes) else 4096
+
+    @property
+    def begins_as_object(self) -> bool:
+        """Whether the row looks like an object at all, be it whole or not."""
+        return self.content.lstrip()[:1] == b"{" if isinstance(self.content, bytes) else True
 
     @property
     def text(self) -> str:
@@ -47,39 +65,110 @@ class RawRow:
         return self.content
 
 
-def raw_rows(path: str, key: str = "path") -> Iterator[RawRow]:
-    """Rows of every file that `path` names, files in sorted order; memory does not grow with their size.
+@dataclass(frozen=True)
+class RawFile:
+    """One file of a source. `stamp` is cheap and changes when the file may have changed; `identity` only with its content."""
 
-    Args:
-        path: a file, a folder (searched recursively) or a glob, local or hf://datasets/<repo>/<glob>.
-        key: the setting that holds `path`, for messages.
+    name: str  # relative to the folder that was asked for
+    address: str
+    size: int
+    stamp: str
+    key: str
+    revision: str = ""
+    remote: hub.HubFile | None = None
 
-    Raises:
-        SourceError: nothing matches, a file cannot be reached, or a file is not what its suffix says.
-    """
-    with _explained(path, key):
-        fs, files = _find(path, key)
-    for file, name in files:
+    @property
+    def local(self) -> bool:
+        return "://" not in self.address
+
+    def identity(self) -> str:
+        """SHA-256 of the bytes of a local or hub file; for another file system, what it tells of the file's version.
+
+        Raises:
+            SourceError: the file cannot be read.
+        """
+        if self.remote:
+            return self.remote.sha256 or self.remote.oid
+        if not self.local:
+            return self.stamp
+        with _explained(self.address, self.key), Path(self.address).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]  any binary file does
+
+    def rows(self, downloads: Path, report: Progress | None = None) -> Iterator[RawRow]:
+        """Its rows in order; memory does not grow with their number. A hub file is downloaded first, or what is missing of it.
+
+        Raises:
+            SourceError: the file cannot be reached, or is not what its suffix says.
+        """
+        address = self.address
+        if self.remote:
+            address = str(hub.download(self.remote, downloads, self.key, partial(report, self.name) if report else None))
         row = 0
         try:
-            with _explained(path, key), cast(IO[bytes], fs.open(file, "rb")) as handle:
-                for row, content in _rows_of(handle, name):
-                    yield RawRow(f"{name}:{row}", content)
-        except (gzip.BadGzipFile, zlib.error, EOFError, pa.ArrowException) as error:
+            opened = cast(fsspec.core.OpenFile, fsspec.open(address, "rb"))
+            with _explained(self.address, self.key), cast(IO[bytes], opened.open()) as handle:
+                for row, content in _rows_of(handle, self.name):
+                    yield RawRow(f"{self.name}:{row}", content)
+        except _BROKEN as error:
             raise SourceError(
-                f"{file}: not a readable {posixpath.splitext(name)[1]} file ({error}) after row {row}; download it again"
+                f"{self.address}: not a readable {posixpath.splitext(self.name)[1]} file ({error}) after row {row}; "
+                "download it again"
             ) from None
 
 
-def _find(path: str, key: str) -> tuple[fsspec.AbstractFileSystem, list[tuple[str, str]]]:
-    """The file system and the matching files with their names relative to the folder that was asked for, sorted."""
+def raw_files(path: str, key: str = "path") -> list[RawFile]:
+    """Every file that `path` names, in the order of their names.
+
+    Args:
+        path: a file, a folder (searched recursively) or a glob: local, hf://datasets/<repo>/<glob>, or any file system that
+            fsspec knows (s3://, gs://, ...).
+        key: the setting that holds `path`, for messages.
+
+    Raises:
+        SourceError: nothing matches, or the place cannot be reached.
+    """
     if not path.strip():
         raise SourceError(f"{key}: is empty; give a file, a folder or a glob of raw rows")
-    fs, root = url_to_fs(path)
+    if path.startswith("hf://"):
+        return _hub_files(path, key)
+    with _explained(path, key):
+        fs, root = url_to_fs(path)
+        return [_stamped(fs, file, name, key) for file, name in _find(fs, root, path, key)]
+
+
+def _hub_files(path: str, key: str) -> list[RawFile]:
+    files = [file for file in hub.hub_files(path, key) if file.path.endswith(SUFFIXES)]
+    if not files:
+        raise SourceError(f"{key}: {path} holds no file that ends in {', '.join(SUFFIXES)}")
+    base = posixpath.commonpath([posixpath.dirname(file.path) for file in files])
+    return [
+        RawFile(
+            name=posixpath.relpath(file.path, base) if base else file.path,
+            address=file.address,
+            size=file.size,
+            stamp=file.sha256 or file.oid,
+            key=key,
+            revision=file.revision,
+            remote=file,
+        )
+        for file in files
+    ]
+
+
+def _stamped(fs: fsspec.AbstractFileSystem, file: str, name: str, key: str) -> RawFile:
+    if isinstance(fs, LocalFileSystem):
+        status = Path(file).stat()
+        return RawFile(name, file, status.st_size, f"{status.st_size}-{status.st_mtime_ns}", key)
+    size = cast(int, fs.size(file) or 0)
+    return RawFile(name, fs.unstrip_protocol(file), size, fs.ukey(file), key)
+
+
+def _find(fs: fsspec.AbstractFileSystem, root: str, path: str, key: str) -> list[tuple[str, str]]:
+    """The matching files with their names relative to the folder that was asked for, sorted."""
     if fs.isfile(root):
         if not root.endswith(SUFFIXES):
             raise SourceError(f"{key}: {path} is none of {', '.join(SUFFIXES)}")
-        return fs, [(root, posixpath.basename(root))]
+        return [(root, posixpath.basename(root))]
     if fs.isdir(root):
         base, found = root, cast(list[str], fs.find(root))
     else:
@@ -88,10 +177,10 @@ def _find(path: str, key: str) -> tuple[fsspec.AbstractFileSystem, list[tuple[st
         found = [f for m in matches for f in ([m] if fs.isfile(m) else cast(list[str], fs.find(m)))]
         if not matches:
             raise SourceError(f"{key}: {path} does not exist or matches no file; give a file, a folder or a glob of raw rows")
-    files = sorted({f for f in found if f.endswith(SUFFIXES)})
+    files = sorted({f for f in found if f.endswith(SUFFIXES) and not posixpath.basename(f).startswith(".")})
     if not files:
         raise SourceError(f"{key}: {path} holds no file that ends in {', '.join(SUFFIXES)}")
-    return fs, [(f, posixpath.relpath(f, base)) for f in files]
+    return [(f, posixpath.relpath(f, base)) for f in files]
 
 
 def _rows_of(handle: IO[bytes], name: str) -> Iterator[tuple[int, bytes | dict[str, Any] | MalformedError]]:
@@ -114,7 +203,7 @@ def _decompressed(handle: IO[bytes], name: str) -> IO[bytes]:
 
 
 def _parquet_rows(handle: IO[bytes]) -> Iterator[dict[str, Any] | MalformedError]:
-    for batch in pq.ParquetFile(handle).iter_batches(batch_size=_PARQUET_ROWS):
+    for batch in pq.ParquetFile(handle, pre_buffer=False).iter_batches(batch_size=_PARQUET_ROWS):
         for i in range(batch.num_rows):
             try:
                 yield cast(dict[str, Any], batch.slice(i, 1).to_pylist()[0])
@@ -124,29 +213,17 @@ def _parquet_rows(handle: IO[bytes]) -> Iterator[dict[str, Any] | MalformedError
 
 @contextmanager
 def _explained(path: str, key: str) -> Generator[None]:
-    """Turn what a file system or the hub raises into one SourceError."""
-    if path.startswith("hf://"):
-        from huggingface_hub import errors as hub
-        from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
-
-        gated: tuple[type[Exception], ...] = (hub.GatedRepoError,)
-        missing: tuple[type[Exception], ...] = (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, FileNotFoundError)
-        network: tuple[type[Exception], ...] = (HTTPError, hub.OfflineModeIsEnabled, ConnectionError, TimeoutError)
-    else:
-        gated, missing, network = (), (FileNotFoundError,), ()
+    """Turn what a file system raises into one SourceError."""
     try:
         yield
-    except (SourceError, gzip.BadGzipFile, pa.ArrowException):
+    except (SourceError, *_BROKEN):
         raise
-    except gated:
-        raise SourceError(f"{key}: {path} is gated; accept its terms on huggingface.co and run `hf auth login`") from None
-    except missing:
-        hint = "; check the name, or run `hf auth login` if the repository is private" if gated else ""
-        raise SourceError(f"{key}: {path} does not exist{hint}") from None
-    except network as error:
-        raise SourceError(f"{key}: {path}: the hub cannot be reached ({error}); go online, or name a local copy") from None
-    except (OSError, ValueError, ImportError) as error:
-        raise SourceError(f"{key}: {path} cannot be read: {error}") from None
+    except FileNotFoundError:
+        raise SourceError(f"{key}: {path} does not exist") from None
+    except ImportError as error:
+        raise SourceError(f"{key}: {path} needs a package that is not installed: {error}") from None
+    except Exception as error:  # whatever a file system's own client raises: the person needs the place and the reason
+        raise SourceError(f"{key}: {path} cannot be read: {error or type(error).__name__}") from None
 
 
 def _as_json(row: dict[str, Any]) -> str:

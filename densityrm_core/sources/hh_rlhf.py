@@ -11,7 +11,7 @@ from densityrm_core.sources.rows import Pair, Reject, Turn, context_fault, reply
 
 SRC = "hh"
 
-_MARKER = re.compile(r"\n\n(Human|Assistant):")  # without the blank line, "Human:" is text
+_MARKER = re.compile(r"(?:\r?\n){2}(Human|Assistant):")  # without the blank line, "Human:" is text
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 

@@ -17,10 +17,11 @@ class SourceError(ValueError):
 class Reason(NamedTuple):
     meaning: str
     malformed: bool = False
+    label: str = ""  # put before the detail where the detail alone does not say what happened
 
 
 REASONS = {
-    "broken_json": Reason("the row is not one JSON object in valid UTF-8", malformed=True),
+    "broken_json": Reason("the row is not one JSON object in valid UTF-8", malformed=True, label="broken JSON: "),
     "missing_column": Reason("a required field is absent", malformed=True),
     "wrong_type": Reason("a field has another type than the format promises", malformed=True),
     "bad_turn_order": Reason("the context does not run from a user turn to a user turn, or no reply ends the conversation"),
@@ -83,6 +84,12 @@ def pair_id(pair: Pair) -> str:
     """uuid5 of context, chosen and rejected: the same content has the same id."""
     content = [[list(turn) for turn in pair.context], pair.chosen, pair.rejected]
     return str(uuid.uuid5(_NAMESPACE, json.dumps(content, ensure_ascii=False)))
+
+
+def comparison_key(pair: Pair) -> int:
+    """64 bits that two pairs share if they compare the same replies to the same context, whichever was preferred."""
+    content = [[list(turn) for turn in pair.context], *sorted((pair.chosen, pair.rejected))]
+    return int.from_bytes(hashlib.blake2b(json.dumps(content, ensure_ascii=False).encode(), digest_size=8).digest())
 
 
 def prompt_id(prompt: str) -> str:

@@ -10,7 +10,8 @@ from functools import cache
 from itertools import combinations
 from typing import Any, NamedTuple, cast
 
-from bs4 import MarkupResemblesLocatorWarning
+from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning, XMLParsedAsHTMLWarning
+from bs4.element import NavigableString
 from bs4.exceptions import ParserRejectedMarkup
 from markdownify import MarkdownConverter
 
@@ -53,12 +54,13 @@ def text_from_html(html: str) -> str:
         MalformedError: the HTML is nested too deeply or cannot be parsed.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
+        for category in (MarkupResemblesLocatorWarning, XMLParsedAsHTMLWarning):
+            warnings.simplefilter("ignore", category)
         try:
             return _CONVERTER.convert(html).strip()
         except RecursionError:
             raise MalformedError("wrong_type", "HTML is nested too deeply") from None
-        except ParserRejectedMarkup as error:
+        except (ParserRejectedMarkup, ValueError) as error:  # ValueError: a list that starts at "²"
             raise MalformedError("wrong_type", f"HTML cannot be parsed: {error}") from None
 
 
@@ -101,7 +103,17 @@ def _by_id(answer: _Answer) -> tuple[bool, int, str]:
     return (False, answer.id, "") if isinstance(answer.id, int) else (True, 0, answer.id)
 
 
+_SPACES = re.compile(r"[\t ]{64,}")
+
+
 class _Converter(MarkdownConverter):
+    def convert_soup(self, soup: BeautifulSoup) -> str:
+        """Long runs of spaces outside code become one at once: the base class takes time quadratic in their length."""
+        for text in soup.find_all(string=_SPACES):
+            if type(text) is NavigableString and not text.find_parent("pre"):
+                text.replace_with(_SPACES.sub(" ", text))
+        return super().convert_soup(soup)
+
     def convert_pre(self, el: Any, text: str, parent_tags: set[str]) -> str:
         """A fence longer than any run of backticks in the code."""
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
@@ -117,4 +129,5 @@ _CONVERTER = _Converter(
     escape_underscores=False,
     sup_symbol="^",
     sub_symbol="~",
+    strip=["soup", "fn_cache"],  # elements that the base class would take for its own `convert_soup` and `convert_fn_cache`
 )

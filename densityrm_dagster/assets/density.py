@@ -1,16 +1,21 @@
 """Group density: unique prompts -> embeddings -> density weights."""
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import dagster as dg
 import polars as pl
 
-from densityrm_core import plots, tables
+from densityrm_core import plots
 from densityrm_core.experiment import Experiment
 from densityrm_core.prompts import unique_prompts
+from densityrm_core.tables import DENSITY_WEIGHTS, PROMPT_EMBEDDINGS, PROMPTS
 from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content
 from densityrm_dagster.failures import clear_failures
 from densityrm_dagster.freshness import version
-from densityrm_dagster.io_managers import TABLE
+from densityrm_dagster.io_managers import TABLE, ParquetIOManager
 from densityrm_dagster.metadata import markdown_table, plot, same_columns, table_output
 from densityrm_dagster.tracking import set_up_torch
 
@@ -28,17 +33,23 @@ def density_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
 
 
 def _prompts() -> dg.AssetsDefinition:
-    @dg.asset(**_COMMON, code_version=version(1), kinds={"polars", "parquet"}, metadata={TABLE: tables.PROMPTS.name})
-    def prompts(preference_pairs: pl.DataFrame) -> dg.Output[pl.DataFrame]:
-        """Every unique prompt, with its split and its number of pairs."""
-        with clear_failures():
-            unique = unique_prompts(preference_pairs)
-        lineage = same_columns("preference_pairs", "prompt_id", "prompt", "split") | {
-            "pairs": [("preference_pairs", "pair_id")],
-            "sources": [("preference_pairs", "src")],
-        }
-        commonest = unique.sort("pairs", "prompt_id", descending=[True, False]).select("pairs", "prompt").head(5)
-        return table_output(unique, tables.PROMPTS, lineage, {"most_pairs": dg.MetadataValue.md(markdown_table(commonest))})
+    @dg.asset(
+        **_COMMON,
+        code_version=version(2),
+        kinds={"polars", "parquet"},
+        metadata={TABLE: PROMPTS.name},
+    )
+    def prompts(preference_pairs: Path, tables: dg.ResourceParam[ParquetIOManager]) -> Iterator[dg.Output[Any]]:
+        """Every unique prompt, with its cluster, its split and its number of pairs."""
+        with tables.stage("prompts") as folder:
+            unique = unique_prompts(preference_pairs, folder / "prompts.parquet")
+            lineage = same_columns("preference_pairs", "prompt_id", "prompt", "cluster", "split") | {
+                "pairs": [("preference_pairs", "pair_id")],
+                "sources": [("preference_pairs", "src")],
+            }
+            commonest = pl.scan_parquet(unique.path).select("pairs", "prompt").top_k(5, by="pairs").collect()
+            card = {"most_pairs": dg.MetadataValue.md(markdown_table(commonest))}
+            yield table_output(unique, PROMPTS, lineage, card)
 
     return prompts
 
@@ -48,7 +59,7 @@ def _prompt_embeddings(experiment: Experiment) -> dg.AssetsDefinition:
         **_COMMON,
         code_version=version(1, experiment.embedding),
         kinds={"sentence-transformers", "parquet"},
-        metadata={TABLE: tables.PROMPT_EMBEDDINGS.name},
+        metadata={TABLE: PROMPT_EMBEDDINGS.name},
     )
     def prompt_embeddings(
         context: dg.AssetExecutionContext, prompts: pl.DataFrame, experiment: dg.ResourceParam[Experiment]
@@ -65,7 +76,7 @@ def _prompt_embeddings(experiment: Experiment) -> dg.AssetsDefinition:
             embedded = embed_prompts(prompts, experiment.embedding, say)
         lineage = same_columns("prompts", "prompt_id", "split") | {"embedding": [("prompts", "prompt")]}
         card = {"model": experiment.embedding.model, "dimensions": embedded["embedding"].dtype.shape[0]}
-        return table_output(embedded, tables.PROMPT_EMBEDDINGS, lineage, card)
+        return table_output(embedded, PROMPT_EMBEDDINGS, lineage, card)
 
     return prompt_embeddings
 
@@ -75,7 +86,7 @@ def _density_weights(experiment: Experiment) -> dg.AssetsDefinition:
         **_COMMON,
         code_version=version(1, experiment.density),
         kinds={"faiss", "parquet"},
-        metadata={TABLE: tables.DENSITY_WEIGHTS.name},
+        metadata={TABLE: DENSITY_WEIGHTS.name},
     )
     def density_weights(
         context: dg.AssetExecutionContext,
@@ -104,7 +115,7 @@ def _density_weights(experiment: Experiment) -> dg.AssetsDefinition:
             "lorenz": plot(plots.lorenz_curve(weighing.table)),
             "heaviest_and_lightest": dg.MetadataValue.md(_extremes(weighing.table, prompts)),
         }
-        return table_output(weighing.table, tables.DENSITY_WEIGHTS, from_prompts | dict.fromkeys(measured, vector), card)
+        return table_output(weighing.table, DENSITY_WEIGHTS, from_prompts | dict.fromkeys(measured, vector), card)
 
     return density_weights
 

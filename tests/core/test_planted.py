@@ -8,18 +8,15 @@ import numpy as np
 import polars as pl
 import pytest
 
-from densityrm_core.experiment import PlantedSettings, SourceSettings, StackExchangeSettings
-from densityrm_core.sources import SourceName, read_source
+from densityrm_core.experiment import PlantedSettings
+from densityrm_core.sources import SourceName
 from densityrm_core.sources.planted import planted_file, planted_rows, write_raw
 from densityrm_core.sources.planted_world import CLOSINGS, OPENINGS, TOPICS, PlantedWorld
 
+from .sources import read as read_file
+
 SMALL = PlantedSettings(hh_rows=400, ultrafeedback_rows=400, stack_exchange_questions=200)
-SETTINGS: dict[SourceName, SourceSettings] = {
-    "hh_rlhf": SourceSettings(),
-    "ultrafeedback": SourceSettings(),
-    "stack_exchange": StackExchangeSettings(),
-}
-NAMES = tuple(SETTINGS)
+NAMES: tuple[SourceName, ...] = ("hh_rlhf", "ultrafeedback", "stack_exchange")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +25,7 @@ def raw_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(name: SourceName, raw_dir: Path, planted: PlantedSettings = SMALL) -> pl.DataFrame:
-    return read_source(name, SETTINGS[name], planted, raw_dir).pairs
+    return read_file(name, planted_file(name, planted, raw_dir)).pairs
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,7 +84,7 @@ def test_no_pair_has_replies_of_equal_reward(name: SourceName, raw_dir: Path) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_without_defects_nothing_is_rejected(name: SourceName, tmp_path: Path) -> None:
     clean = SMALL.model_copy(update={"defects": 0.0})
-    assert read_source(name, SETTINGS[name], clean, tmp_path).rejects.is_empty()
+    assert read_file(name, planted_file(name, clean, tmp_path)).rejects.is_empty()
 
 
 @pytest.mark.parametrize(
@@ -100,7 +97,7 @@ def test_without_defects_nothing_is_rejected(name: SourceName, tmp_path: Path) -
 )
 def test_defects_are_those_of_the_real_sources(name: SourceName, reasons: set[str], tmp_path: Path) -> None:
     broken = SMALL.model_copy(update={"defects": 0.3})
-    assert set(read_source(name, SETTINGS[name], broken, tmp_path).rejects["reason"]) == reasons
+    assert set(read_file(name, planted_file(name, broken, tmp_path)).rejects["reason"]) == reasons
 
 
 def test_topics_follow_zipf() -> None:

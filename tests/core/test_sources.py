@@ -2,19 +2,18 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from densityrm_core.experiment import PlantedSettings, SourceSettings, StackExchangeSettings
-from densityrm_core.sources import REASONS, SourceError, SourceName, SourceRead, read_source
+from densityrm_core.sources import SourceError, SourceName
 from densityrm_core.sources.stack_exchange import text_from_html
 from densityrm_core.tables import REJECTS, SOURCE_PAIRS
+
+from .sources import Read, read
 
 HH = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!", "rejected": "\n\nHuman: Hi\n\nAssistant: What?"}
 CODE_AND_LATEX = (
@@ -23,12 +22,7 @@ CODE_AND_LATEX = (
 )
 
 
-def read(name: SourceName, path: object, **settings: Any) -> SourceRead:
-    kind = StackExchangeSettings if name == "stack_exchange" else SourceSettings
-    return read_source(name, kind(path=str(path), **settings), PlantedSettings(), Path("unused"))
-
-
-def rejected(source: SourceRead) -> dict[str, int]:
+def rejected(source: Read) -> dict[str, int]:
     """Candidate pairs behind each reason."""
     return dict(source.rejects.group_by("reason").agg(pl.col("pairs").sum()).iter_rows())
 
@@ -115,6 +109,7 @@ def test_multi_turn_transcripts_share_a_context_and_differ_in_the_last_reply(tmp
         "score_rejected": None,
         "src": "hh",
         "origin": "a.jsonl:1",
+        "comparison": 13992034255805224728,
     }
 
 
@@ -186,7 +181,7 @@ def test_malformed_row_is_named_with_file_row_and_defect(tmp_path: Path, line: b
     write(tmp_path / "b.jsonl", HH, line, line)
     with pytest.raises(SourceError) as error:
         read("hh_rlhf", tmp_path)
-    assert str(error.value).startswith(f"b.jsonl:2: {defect}")
+    assert str(error.value).startswith(f"{tmp_path}/b.jsonl:2: {defect}")
     assert "2 malformed rows, 0 allowed" in str(error.value)
     assert "sources.hh_rlhf.max_malformed" in str(error.value)
 
@@ -276,36 +271,24 @@ def test_disabled_source_is_empty() -> None:
     assert SOURCE_PAIRS.check(source.pairs).is_empty() and REJECTS.check(source.rejects).is_empty()
 
 
-def test_empty_file_gives_empty_frames(tmp_path: Path) -> None:
-    assert read("hh_rlhf", write(tmp_path / "a.jsonl")).pairs.equals(SOURCE_PAIRS.empty())
+def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"sources\.hh_rlhf\.path: .*a\.jsonl holds no rows"):
+        read("hh_rlhf", write(tmp_path / "a.jsonl"))
+
+
+def test_an_empty_file_beside_others_is_no_fault(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl")
+    write(tmp_path / "b.jsonl", HH)
+    assert read("hh_rlhf", tmp_path).rows_read == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_file_without_a_single_object_is_one_error_whatever_is_allowed(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SourceError, match=rf"{name}:1: .* no other of the 3 rows .* not what its suffix says"):
+        read("hh_rlhf", write(tmp_path / name, b"\x93\xfa", b"garbage", b"\x00"), max_malformed=1000)
 
 
 def test_same_content_has_the_same_pair_id_wherever_it_is_read(tmp_path: Path) -> None:
     pairs = read("hh_rlhf", write(tmp_path / "a.jsonl", HH, {**HH, "rejected": "\n\nHuman: Hi\n\nAssistant: No."}, HH)).pairs
     ids = pairs["pair_id"].to_list()
     assert ids[0] == ids[2] != ids[1]
-
-
-@pytest.mark.parametrize("name", ["hh_rlhf", "ultrafeedback", "stack_exchange"])
-def test_fuzzed_lines_never_crash(tmp_path: Path, name: SourceName) -> None:
-    rng = random.Random(0)
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}]
-    seeds = {
-        "hh_rlhf": HH,
-        "ultrafeedback": {"chosen": turns, "rejected": turns, "score_chosen": 1, "score_rejected": 2},
-        "stack_exchange": question(1, 2, 3, question="<p>a &amp; <pre><code>b</code></pre>"),
-    }
-    line = json.dumps(seeds[name]).encode()
-    path = write(tmp_path / "a.jsonl", *(_mutated(line, rng) for _ in range(2000)))
-    source = read(name, path, max_malformed=2000)
-    assert source.candidates == source.pairs.height + source.rejects["pairs"].sum()
-    assert set(source.rejects["reason"]) <= set(REASONS)
-
-
-def _mutated(line: bytes, rng: random.Random) -> bytes:
-    pieces = (b"\xff", b"\0", b"null", b"1e999", b"-0", b"{}", b"[]", b'"', b"\\u0000", b"\\ud800", b"<b>" * 50, b"}", b",")
-    data = bytearray(line)
-    for _ in range(rng.randrange(4)):
-        start = rng.randrange(len(data))
-        data[start : start + rng.randrange(20)] = rng.choice(pieces)
-    return bytes(data).replace(b"\n", b" ")

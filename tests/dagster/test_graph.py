@@ -81,7 +81,7 @@ def test_tables_have_column_lineage(run: Run, asset: str):
 def test_every_check_passes(run: Run):
     evaluations = run.result.get_asset_check_evaluations()
     names = {evaluation.check_name for evaluation in evaluations}
-    assert {"rows_accounted_for", "no_prompt_in_two_splits", "losses_finite", "beats_chance", "every_pair_has_a_weight"} <= names
+    assert {"rows_accounted_for", "no_cluster_in_two_splits", "losses_finite", "beats_chance", "every_pair_has_a_weight"} <= names
     blocking_failures = [e.check_name for e in evaluations if not e.passed and e.severity == dg.AssetCheckSeverity.ERROR]
     assert blocking_failures == []
 

@@ -73,8 +73,10 @@ def test_the_demo_prints_the_verdict(tmp_path: Path):
 def test_a_broken_line_names_its_file_and_row(tmp_path: Path):
     data = hh(tmp_path, good_row(1), '{"chosen": "half a li', good_row(2))
     check_one_clear_message(demo(tmp_path, only_hh(data)), "rows.jsonl.gz:2", "broken JSON", "sources.hh_rlhf.max_malformed")
-    written = [path.name for path in (tmp_path / "home" / "tiny").rglob("*")]
-    assert not [name for name in written if name.startswith(("hh_rlhf", "preference", "base_model")) or name.endswith(".tmp")]
+    state = tmp_path / "home" / "tiny"
+    written = [path.name for folder in ("tables", "models") for path in (state / folder).rglob("*")]
+    assert not [name for name in written if name.startswith(("hh_rlhf", "preference", "base_model"))]
+    assert not list(state.rglob("*.tmp"))
 
 
 def test_a_missing_column_is_named(tmp_path: Path):

@@ -1,0 +1,99 @@
+"""Raw rows -> frames of pairs and rejects, a chunk at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal, cast
+
+import polars as pl
+
+from densityrm_core.experiment import SourceSettings
+from densityrm_core.sources import hh_rlhf, nanochat_pairs, stack_exchange, ultrafeedback
+from densityrm_core.sources.files import RawRow
+from densityrm_core.sources.rows import REASONS, MalformedError, Pair, Reject, comparison_key, pair_id, prompt_id
+from densityrm_core.tables import REJECTS, SOURCE_PAIRS
+
+SourceName = Literal["hh_rlhf", "ultrafeedback", "stack_exchange", "nanochat"]
+
+_FORMATS: dict[str, ModuleType] = {
+    "hh_rlhf": hh_rlhf,
+    "ultrafeedback": ultrafeedback,
+    "stack_exchange": stack_exchange,
+    "nanochat": nanochat_pairs,
+}
+_Parse = Callable[[dict[str, Any], SourceSettings], Iterator[Pair | Reject]]
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What some raw rows gave. `candidates == pairs.height + rejects["pairs"].sum()`."""
+
+    pairs: pl.DataFrame  # tables.SOURCE_PAIRS
+    rejects: pl.DataFrame  # tables.REJECTS
+    rows: int
+    candidates: int
+    malformed: int  # rows that break their format
+    first_malformed: str  # row and reason of the first of them
+    objects: int  # rows that at least begin as an object does
+
+
+def parse_rows(name: SourceName, settings: SourceSettings, rows: Sequence[RawRow]) -> Parsed:
+    """Every row as pairs and rejects; no row raises."""
+    source = _FORMATS[name]
+    pairs: list[dict[str, object]] = []
+    rejects: list[dict[str, object]] = []
+    candidates = malformed = objects = 0
+    first = ""
+    for raw in rows:
+        src, items = _items(raw, source, settings)
+        objects += raw.begins_as_object
+        for item in items:
+            if isinstance(item, Pair):
+                candidates += 1
+                pairs.append(_pair_row(item, src, raw.origin))
+            else:
+                candidates += item.pairs
+                rejects.append(_reject_row(item, src, raw))
+                if REASONS[item.reason].malformed:
+                    malformed += 1
+                    first = first or f"{raw.origin.rpartition(':')[2]}: {REASONS[item.reason].label}{item.detail}"
+    return Parsed(SOURCE_PAIRS.frame(pairs), REJECTS.frame(rejects), len(rows), candidates, malformed, first, objects)
+
+
+def _items(raw: RawRow, source: ModuleType, settings: SourceSettings) -> tuple[str, list[Pair | Reject]]:
+    src = cast(str, source.SRC)
+    try:
+        fields = raw.fields()
+        src = nanochat_pairs.source_of(fields) if source is nanochat_pairs else src
+        return src, list(cast(_Parse, source.parse)(fields, settings))
+    except MalformedError as error:
+        return src, [Reject(error.reason, error.detail)]
+
+
+def _pair_row(pair: Pair, src: str, origin: str) -> dict[str, object]:
+    return {
+        "pair_id": pair_id(pair),
+        "prompt_id": prompt_id(pair.prompt),
+        "prompt": pair.prompt,
+        "context": [turn._asdict() for turn in pair.context],
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "score_chosen": pair.score_chosen,
+        "score_rejected": pair.score_rejected,
+        "src": src,
+        "origin": origin,
+        "comparison": comparison_key(pair),
+    }
+
+
+def _reject_row(reject: Reject, src: str, raw: RawRow) -> dict[str, object]:
+    return {
+        "src": src,
+        "origin": raw.origin,
+        "reason": reject.reason,
+        "detail": reject.detail,
+        "pairs": reject.pairs,
+        "raw": raw.text if reject.raw is None else reject.raw,
+    }

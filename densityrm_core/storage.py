@@ -1,0 +1,194 @@
+"""Tables on disk: Parquet written group by group, whole or not at all, and read batch by batch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, cast
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from densityrm_core.tables import Table
+
+GROUP_ROWS = 16_384  # rows of a row group: what a writer holds in memory
+BATCH_ROWS = 8_192  # rows of a batch: what a reader holds in memory
+TEMPORARY = ".tmp"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A finished Parquet file of a table. Equal content has equal `sha256`, of the file's bytes."""
+
+    path: Path
+    table: Table
+    rows: int
+    sha256: str
+
+    def frame(self) -> pl.DataFrame:
+        """The whole table in memory."""
+        return read_frame(self.path)
+
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pl.DataFrame]:
+        """The table in order, BATCH_ROWS rows at a time."""
+        return batches(self.path, columns)
+
+
+class TableWriter:
+    """Writes frames to one Parquet file: zstd, statistics, row groups of GROUP_ROWS whatever the frames' sizes.
+
+    The file appears at `path` when the block ends without an exception, and never in part. While it is written it carries
+    another name and a lock, so that `sweep` removes the leftover of a killed process and nothing else.
+
+    Raises:
+        TableError: a frame differs from the table's schema; nothing is left behind.
+    """
+
+    def __init__(self, path: Path, table: Table, metadata: dict[str, str] | None = None) -> None:
+        self._path, self._table, self._metadata = path, table, metadata or {}
+        self._waiting: list[pl.DataFrame] = []
+        self._rows = self._waiting_rows = 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> TableWriter:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary, self._file = _locked_file(self._path)
+        return self
+
+    def write(self, frame: pl.DataFrame) -> None:
+        """Append rows."""
+        self._waiting.append(self._table.check(frame).select(self._table.schema.names()))
+        self._waiting_rows += frame.height
+        while self._waiting_rows >= GROUP_ROWS:
+            rows = pl.concat(self._waiting)
+            self._flush(rows[:GROUP_ROWS])
+            self._waiting, self._waiting_rows = [rows[GROUP_ROWS:]], rows.height - GROUP_ROWS
+
+    @property
+    def stored(self) -> Stored:
+        """What was written; known once the block has ended."""
+        with self._path.open("rb") as file:
+            return Stored(self._path, self._table, self._rows, file_hash(file))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                if self._waiting_rows or self._writer is None:
+                    self._flush(pl.concat(self._waiting) if self._waiting else self._table.empty())
+                cast(pq.ParquetWriter, self._writer).close()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._temporary.replace(self._path)
+        finally:
+            if self._writer is not None and self._writer.is_open:
+                with contextlib.suppress(Exception):  # the file is given up; what matters is the error that led here
+                    self._writer.close()
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _flush(self, rows: pl.DataFrame) -> None:
+        table = rows.rechunk().to_arrow()
+        if self._writer is None:
+            schema = table.schema.with_metadata({k.encode(): v.encode() for k, v in self._metadata.items()})
+            self._writer = pq.ParquetWriter(self._file, schema, compression="zstd", write_statistics=True)
+        self._writer.write_table(table.cast(self._writer.schema), row_group_size=GROUP_ROWS)
+        self._rows += rows.height
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Generator[Path]:
+    """A locked folder beside `path`, to make things in; removed at the end, or by `sweep` if this process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = temporary_name(path)
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        lock(descriptor)
+        yield folder
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def held(path: Path) -> Path:
+    """Another path to the file that `path` names now: it still names that file when `path` has been replaced.
+
+    Good in this process only, and until it ends.
+    """
+    return Path(f"/proc/self/fd/{os.open(path, os.O_RDONLY)}")
+
+
+def _locked_file(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new temporary file under lock; another one where a sweep came between creation and lock."""
+    while True:
+        temporary = temporary_name(path)
+        file = temporary.open("wb")
+        if lock(file.fileno()) and temporary.exists():
+            return temporary, file
+        file.close()
+
+
+def write_frame(frame: pl.DataFrame, path: Path, table: Table) -> Stored:
+    """One frame as a stored table."""
+    with TableWriter(path, table) as writer:
+        writer.write(frame)
+    return writer.stored
+
+
+def read_frame(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """A whole table in memory; a file replaced meanwhile is read as it was when opened."""
+    with path.open("rb") as file:
+        return pl.read_parquet(file, columns=list(columns) if columns else None)
+
+
+def batches(path: Path, columns: Sequence[str] | None = None, rows: int = BATCH_ROWS) -> Iterator[pl.DataFrame]:
+    """A table in order, `rows` rows at a time; a file replaced meanwhile is read to its end as it was when opened."""
+    with path.open("rb") as file:
+        for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(rows, columns=list(columns) if columns else None):
+            yield cast(pl.DataFrame, pl.from_arrow(batch))
+
+
+def key_value_metadata(path: Path) -> dict[str, str]:
+    """What the writer was given as `metadata`."""
+    return {k.decode(): v.decode() for k, v in (pq.read_schema(path).metadata or {}).items()}
+
+
+def file_hash(file: IO[bytes]) -> str:
+    """32 hex digits of the SHA-256 of the rest of a file."""
+    return hashlib.file_digest(file, "sha256").hexdigest()[:32]  # pyright: ignore[reportArgumentType]  any binary file does
+
+
+def temporary_name(path: Path) -> Path:
+    """Where something that will become `path` is made: beside it, hidden, and known to `sweep`."""
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}{TEMPORARY}")
+
+
+def lock(descriptor: int) -> bool:
+    """Take the exclusive lock of an open file or folder, if nobody has it; the system drops it when its process ends."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what killed processes left unfinished below `folder`; what a living process still writes is locked and stays."""
+    removed: list[Path] = []
+    for path in sorted(folder.rglob(f".*{TEMPORARY}")):
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                if lock(descriptor):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    removed.append(path)
+            finally:
+                os.close(descriptor)
+    return removed

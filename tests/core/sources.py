@@ -1,0 +1,66 @@
+"""Reading sources and making small ones, for tests."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from densityrm_core.experiment import NanochatSettings, PlantedSettings, SourceSettings, StackExchangeSettings
+from densityrm_core.selection import Taken
+from densityrm_core.sources import Folders, SourceName, read_source
+from densityrm_core.sources.rows import Pair, Turn, comparison_key, pair_id, prompt_id
+from densityrm_core.storage import write_frame
+from densityrm_core.tables import SOURCE_PAIRS
+
+SETTINGS: dict[str, type[SourceSettings]] = {"stack_exchange": StackExchangeSettings, "nanochat": NanochatSettings}
+
+
+@dataclass(frozen=True)
+class Read:
+    """A source in memory."""
+
+    pairs: pl.DataFrame
+    rejects: pl.DataFrame
+    rows_read: int
+    candidates: int
+    reasons: dict[str, int]
+
+
+def read(name: SourceName, path: object, planted: PlantedSettings | None = None, **settings: Any) -> Read:
+    """A source read into a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        wanted = SETTINGS.get(name, SourceSettings)(**{"path": str(path), "enabled": True, **settings})
+        source = read_source(name, wanted, planted or PlantedSettings(), Folders(out, out / "raw", out / "shards"))
+        return Read(source.pairs.frame(), source.rejects.frame(), source.rows_read, source.candidates, source.reasons)
+
+
+def source(
+    folder: Path, *rows: tuple[str, str, str], src: str = "hh", scores: tuple[float, float] | None = None, **taken: float
+) -> Taken:
+    """A stored source of (prompt, chosen, rejected) rows."""
+    pairs = [Pair((Turn("user", prompt),), chosen, rejected) for prompt, chosen, rejected in rows]
+    frame = SOURCE_PAIRS.frame(
+        [
+            {
+                "pair_id": pair_id(pair),
+                "prompt_id": prompt_id(pair.prompt),
+                "prompt": pair.prompt,
+                "context": [turn._asdict() for turn in pair.context],
+                "chosen": pair.chosen,
+                "rejected": pair.rejected,
+                "score_chosen": scores and scores[0],
+                "score_rejected": scores and scores[1],
+                "src": src,
+                "origin": f"file:{i}",
+                "comparison": comparison_key(pair),
+            }
+            for i, pair in enumerate(pairs, start=1)
+        ]
+    )
+    path = folder / f"{src}.{len(list(folder.glob('*.parquet')))}.parquet"
+    return Taken(write_frame(frame, path, SOURCE_PAIRS).path, **taken)
