@@ -18,7 +18,7 @@ from densityrm_core.models import load_codec, new_reward_model, save_model
 from densityrm_core.packing import pack, rewards
 from densityrm_core.reward_model import PreferenceTokens, bradley_terry_loss, tokenize_pairs
 from densityrm_core.sft import train_base_model
-from densityrm_core.sources import read_source
+from densityrm_core.sources import Folders, read_source
 from densityrm_core.training import Watch
 
 PAIRS, ROUNDS = 32, 15
@@ -28,7 +28,8 @@ def main() -> None:
     torch.set_num_threads(1)
     experiment = Experiment()
     with tempfile.TemporaryDirectory() as folder:
-        raw = read_source("hh_rlhf", experiment.sources.hh_rlhf, experiment.planted, Path(folder)).pairs
+        folders = Folders(Path(folder), Path(folder, "raw"), Path(folder, "shards"))
+        raw = read_source("hh_rlhf", experiment.sources.hh_rlhf, experiment.planted, folders).pairs.frame()
         model, codec = train_base_model(raw, BaseModelSettings(steps=0), Watch())
         save_model(model, codec, Path(folder, "base"), {})
         model, codec = new_reward_model(Path(folder, "base"), seed=0), load_codec(Path(folder, "base"))

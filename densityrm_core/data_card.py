@@ -212,7 +212,7 @@ def _language(text: str) -> str:
 
 @cache
 def _identifier() -> LanguageIdentifier:
-    """Half a second and 90 MB, which only a card needs. The model is part of the package."""
+    """Half a second and 75 MB, which only a card needs. The model is part of the package."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

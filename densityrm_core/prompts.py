@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import polars_hash
 
 from densityrm_core.runs import runs
 from densityrm_core.storage import Stored, TableWriter, batches
@@ -55,9 +55,9 @@ class PromptKeys:
         keys, checks = _joined(self._keys), _joined(self._checks)
         if taken is not None:
             keys, checks = keys[taken], checks[taken]
-        order = np.argsort(keys, kind="stable")
+        order = np.argsort(keys)
         starts, counts = runs(keys[order])
-        first = order[starts]
+        first = np.minimum.reduceat(order, starts) if len(keys) else order
         number = np.empty(len(first), dtype=np.uint32)
         by_appearance = np.argsort(first, kind="stable")
         number[by_appearance] = np.arange(len(first), dtype=np.uint32)
@@ -68,16 +68,16 @@ class PromptKeys:
         return index, np.concatenate([index.first[of_row[odd]], odd])
 
 
-def prompt_ids(prompts: Iterable[str]) -> list[str]:
+def prompt_ids(prompts: pl.Series) -> pl.Series:
     """First 16 hex digits of the MD5 of each prompt's UTF-8 bytes.
 
     Raises:
         PromptError: two of the prompts, which must be distinct, share an id; the message names both.
     """
-    texts = list(prompts)
-    ids = [hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()[:16] for text in texts]
-    if len(set(ids)) < len(ids):
-        raise collided(*[text for text, i in zip(texts, ids, strict=True) if ids.count(i) > 1][:2])
+    md5 = polars_hash.col("prompt").nchash.md5()  # pyright: ignore[reportAttributeAccessIssue]  the plugin registers it
+    ids = prompts.to_frame("prompt").select(md5.str.head(16).alias("prompt_id"))["prompt_id"]
+    if ids.n_unique() < len(ids):
+        raise collided(*prompts.filter(ids == ids.filter(ids.is_duplicated())[0])[:2])
     return ids
 
 

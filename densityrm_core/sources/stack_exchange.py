@@ -57,7 +57,7 @@ def text_from_html(html: str) -> str:
         for category in (MarkupResemblesLocatorWarning, XMLParsedAsHTMLWarning):
             warnings.simplefilter("ignore", category)
         try:
-            return _CONVERTER.convert(html).strip()
+            return (_SPACED_CONVERTER if _SPACES.search(html) else _CONVERTER).convert(html).strip()
         except RecursionError:
             raise MalformedError("wrong_type", "HTML is nested too deeply") from None
         except (ParserRejectedMarkup, ValueError) as error:  # ValueError: a list that starts at "²"
@@ -107,13 +107,6 @@ _SPACES = re.compile(r"[\t ]{64,}")
 
 
 class _Converter(MarkdownConverter):
-    def convert_soup(self, soup: BeautifulSoup) -> str:
-        """Long runs of spaces outside code become one at once: the base class takes time quadratic in their length."""
-        for text in soup.find_all(string=_SPACES):
-            if type(text) is NavigableString and not text.find_parent("pre"):
-                text.replace_with(_SPACES.sub(" ", text))
-        return super().convert_soup(soup)
-
     def convert_pre(self, el: Any, text: str, parent_tags: set[str]) -> str:
         """A fence longer than any run of backticks in the code."""
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
@@ -121,13 +114,23 @@ class _Converter(MarkdownConverter):
         return f"\n\n{fence}\n{code}\n{fence}\n\n" if text else ""
 
 
-_CONVERTER = _Converter(
-    bs4_options="lxml",
-    heading_style="ATX",
-    bullets="-",
-    escape_asterisks=False,
-    escape_underscores=False,
-    sup_symbol="^",
-    sub_symbol="~",
-    strip=["soup", "fn_cache"],  # elements that the base class would take for its own `convert_soup` and `convert_fn_cache`
-)
+class _SpacedConverter(_Converter):
+    def convert_soup(self, soup: BeautifulSoup) -> str:
+        """Long runs of spaces outside code become one at once: the base class takes time quadratic in their length."""
+        for text in soup.find_all(string=_SPACES):
+            if type(text) is NavigableString and not text.find_parent("pre"):
+                text.replace_with(_SPACES.sub(" ", text))
+        return super().convert_soup(soup)
+
+
+_OPTIONS: dict[str, Any] = {
+    "bs4_options": "lxml",
+    "heading_style": "ATX",
+    "bullets": "-",
+    "escape_asterisks": False,
+    "escape_underscores": False,
+    "sup_symbol": "^",
+    "sub_symbol": "~",
+    "strip": ["soup", "fn_cache"],  # elements that the base class would take for its own `convert_soup` and `convert_fn_cache`
+}
+_CONVERTER, _SPACED_CONVERTER = _Converter(**_OPTIONS), _SpacedConverter(**_OPTIONS)

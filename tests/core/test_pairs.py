@@ -110,7 +110,7 @@ def test_no_pairs_make_no_prompts(tmp_path: Path):
 
 
 def test_prompt_id_is_the_head_of_the_md5():
-    assert prompt_ids(["Où est-ce?"]) == [hashlib.md5("Où est-ce?".encode()).hexdigest()[:16]]  # noqa: S324  the id's definition
+    assert prompt_ids(pl.Series(["Où est-ce?"])).to_list() == [hashlib.md5("Où est-ce?".encode()).hexdigest()[:16]]  # noqa: S324  the id's definition
 
 
 def test_indexing_prompts_agrees_with_a_dict():
