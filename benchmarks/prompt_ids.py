@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-_THREADS = os.environ.setdefault("POLARS_MAX_THREADS", "2")
+os.environ.setdefault("POLARS_MAX_THREADS", "2")
 
 import polars as pl  # the number of its threads is read at import
 
@@ -56,7 +56,7 @@ def main() -> None:
         "equal": equal,
         "ratio_in_memory": round(median["peer_in_memory"] / median["ours_in_memory"], 2),
         "prompts": options.prompts,
-        "threads": int(_THREADS),
+        "threads": pl.thread_pool_size(),
         "seconds": round(median["ours"], 2),
         "peer_seconds": round(median["peer"], 2),
     }

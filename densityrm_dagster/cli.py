@@ -3,11 +3,13 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 from dagster._core.errors import DagsterExecutionInterruptedError  # what Ctrl-C becomes inside a run; exported nowhere else
 
-from densityrm_core.experiment import ExperimentError, home, load_experiment
+from densityrm_core.experiment import Experiment, ExperimentError, home, load_experiment
 from densityrm_dagster.cli_data import export_nanochat, import_nanochat, inspect
 from densityrm_dagster.services import prepare_home
 
@@ -27,15 +29,31 @@ def main() -> None:
 @app.command()
 def demo() -> None:
     """Run the experiment for every seed and print the verdict; what is up to date is not made again."""
-    experiment = load_experiment()
-    root = home()
-    prepare_home(root, experiment.name)
-    from densityrm_dagster.run import RunFailedError, describe_sources, run_experiment
+    experiment, root, started = load_experiment(), home(), time.monotonic()
+    _materialize(experiment, root, experiment.seeds)
+    report = root / experiment.name / "reports" / "hypothesis_report"
+    print((report / "report.txt").read_text(encoding="utf-8"))
+    print(f"report   {report / 'report.md'}")
+    print(f"took     {(time.monotonic() - started) / 60:.1f} minutes")
+    print("look     make up    (opens the Dagster and MLflow interfaces on this state)")
 
-    started = time.monotonic()
-    print(f"experiment {experiment.name}, seeds {', '.join(map(str, experiment.seeds))}, state in {root}\n", file=sys.stderr)
+
+@app.command()
+def read() -> None:
+    """Read the raw rows into pairs and prompts, without embedding or training anything, and print what became of them."""
+    experiment, root = load_experiment(), home()
+    _materialize(experiment, root, experiment.seeds[:1], data_only=True)
+    print(f"tables   {root / experiment.name / 'tables'}\nlook     densityrm inspect")
+
+
+def _materialize(experiment: Experiment, root: Path, seeds: Sequence[int], data_only: bool = False) -> None:
+    prepare_home(root, experiment.name)
+    from densityrm_dagster.run import RunFailedError, data_assets, describe_sources, run_experiment
+
+    print(f"experiment {experiment.name}, seeds {', '.join(map(str, seeds))}, state in {root}\n", file=sys.stderr)
+    only = data_assets() if data_only else None
     try:
-        made = [run_experiment(seed, experiment, root) for seed in experiment.seeds]
+        made = [run_experiment(seed, experiment, root, only) for seed in seeds]
     except RunFailedError as failure:
         for reason in failure.reasons:
             print(f"error: {reason}", file=sys.stderr)
@@ -44,13 +62,8 @@ def demo() -> None:
         print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
         raise typer.Exit(130) from None
     if not any(made):
-        print("everything is up to date; this is the verdict of the last run", file=sys.stderr)
-    report = root / experiment.name / "reports" / "hypothesis_report"
+        print("everything is up to date; nothing was made again", file=sys.stderr)
     print("\n" + describe_sources(experiment) + "\n")
-    print((report / "report.txt").read_text(encoding="utf-8"))
-    print(f"report   {report / 'report.md'}")
-    print(f"took     {(time.monotonic() - started) / 60:.1f} minutes")
-    print("look     make up    (opens the Dagster and MLflow interfaces on this state)")
 
 
 @app.command()

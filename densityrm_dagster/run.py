@@ -36,6 +36,12 @@ class RunFailedError(Exception):
         self.reasons = reasons
 
 
+def data_assets() -> frozenset[str]:
+    """The assets from raw rows to prompts."""
+    tables = [f"{name}_{table}" for name in SOURCES for table in ("pairs", "rejects")]
+    return frozenset([*tables, "preference_pairs", "preference_rejects", "prompts"])
+
+
 def run_experiment_job() -> dg.JobDefinition:
     """The job `run_experiment`, as a step's own process finds it."""
     from densityrm_dagster.definitions import defs
@@ -43,8 +49,11 @@ def run_experiment_job() -> dg.JobDefinition:
     return defs.resolve_job_def("run_experiment")
 
 
-def run_experiment(seed: int, experiment: Experiment, root: Path) -> bool:
+def run_experiment(seed: int, experiment: Experiment, root: Path, only: frozenset[str] | None = None) -> bool:
     """Materialize what is missing, lost or outdated for one seed; sources whose raw files changed are read first.
+
+    Args:
+        only: names of the assets to consider; all if not given.
 
     Returns:
         whether there was anything to do.
@@ -62,6 +71,7 @@ def run_experiment(seed: int, experiment: Experiment, root: Path) -> bool:
             rejects = [dg.AssetKey(key.to_user_string().removesuffix("_pairs") + "_rejects") for key in again]
             _materialize(instance, seed, again + rejects)
             wanted = outdated(instance, defs, str(seed), stored_under(root / experiment.name))
+        wanted = [key for key in wanted if only is None or key.to_user_string() in only]
         if wanted:
             _materialize(instance, seed, wanted)
         return bool(again or wanted)

@@ -22,7 +22,7 @@ from densityrm_core.tables import REJECTS, SOURCE_PAIRS
 
 _PARSER = 1  # raise when the same raw rows shall give other pairs or rejects
 _CHUNK_ROWS, _CHUNK_BYTES = 512, 1 << 20  # what is parsed at a time
-_SPREAD_FROM = 8 << 20  # bytes of a file from which on several processes pay
+_SPREAD_FROM = 2 << 20  # bytes of a file from which on several processes pay
 
 Say = Callable[[str], None]
 

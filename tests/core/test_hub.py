@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import random
 import signal
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from densityrm_core.experiment import PlantedSettings, SourceSettings
+from densityrm_core.sources import Folders, read_source
 from densityrm_core.sources import hub as hub_module
 from densityrm_core.sources.hub import HubFile, download, hub_files
 from densityrm_core.sources.rows import SourceError
@@ -296,3 +299,17 @@ def test_full_disk_keeps_what_arrived(hub: Hub, tmp_path: Path) -> None:
         download(file_at(BIG), tmp_path, KEY, full)
     assert download(file_at(BIG), tmp_path, KEY).read_bytes() == FILES[BIG]
     assert hub.ranges() == [None, f"bytes={CHUNK}-"]
+
+
+def test_a_source_on_the_hub_is_read_once_and_its_revision_recorded(hub: Hub, tmp_path: Path) -> None:
+    turn = "\n\nHuman: Hi\n\nAssistant:"
+    rows = [{"chosen": f"{turn} Hello {i}", "rejected": f"{turn} What?"} for i in range(100)]
+    hub.files["train/rows.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    settings = SourceSettings(path=f"hf://datasets/{REPO}/train/*.jsonl")
+    folders = Folders(tmp_path / "out", tmp_path / "raw", tmp_path / "shards")
+    first, second = (read_source("hh_rlhf", settings, PlantedSettings(), folders) for _ in range(2))
+    assert first.pairs.rows == 100
+    assert [(file.name, file.revision, file.reused) for file in first.files] == [("rows.jsonl", COMMIT, False)]
+    assert first.files[0].identity == hashlib.sha256(hub.files["train/rows.jsonl"]).hexdigest()
+    assert second.files[0].reused
+    assert len(hub.ranges()) == 1
