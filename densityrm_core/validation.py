@@ -17,7 +17,7 @@ def check_weights(weights: pl.DataFrame, prompts: pl.DataFrame, train: pl.DataFr
     Args:
         weights: tables.DENSITY_WEIGHTS.
         prompts: tables.PROMPTS.
-        train: tables.PREFERENCE_PAIRS, the training split.
+        train: tables.PREFERENCE_PAIRS, the training split; its prompt_id is enough.
         mass: `per_prompt` or `per_pair`, as the weights were made.
     """
     weighed = weights.filter(pl.col("weight").is_not_null())

@@ -11,6 +11,7 @@ import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError  # what Terminate raises; Dagster exports it nowhere else
 
 REWARD_MODELS, POLICIES = "densityrm/reward-models", "densityrm/policies"
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # opens as a table of runs, not as a page of traces
 _FLUSH_EVERY_S, _FLUSH_AT = 5.0, 500
 _BATCH = 1000  # points that MLflow accepts at once
 
@@ -59,9 +60,9 @@ class MLflowTracker(dg.ConfigurableResource):
             client = MlflowClient(self.tracking_uri)
             found = client.get_experiment_by_name(experiment)
             location = Path(self.artifacts, experiment).absolute().as_uri()
-            number = found.experiment_id if found else client.create_experiment(experiment, artifact_location=location)
+            number = found.experiment_id if found else client.create_experiment(experiment, location, _KIND)
         key = context.asset_key.to_user_string()
-        partition = context.partition_key if context.has_partition_key else ""
+        partition = context.partition_key if context.assets_def.partitions_def else ""
         run_url, asset_url = f"{self.dagster_url}/runs/{context.run_id}", f"{self.dagster_url}/assets/{key}"
         links = {
             "dagster.run_id": context.run_id,

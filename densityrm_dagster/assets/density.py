@@ -19,6 +19,7 @@ from densityrm_dagster.io_managers import TABLE, ParquetIOManager
 from densityrm_dagster.metadata import markdown_table, plot, same_columns, table_output
 from densityrm_dagster.tracking import set_up_torch
 
+_ESS_MISSED = 0.01
 _COMMON = {
     "group_name": "density",
     "io_manager_key": "tables",
@@ -105,6 +106,11 @@ def _density_weights(experiment: Experiment) -> dg.AssetsDefinition:
             f"{numbers['prompts']:,.0f} training prompts in {weighing.groups:,} groups, effective sample fraction {ess:.3f}, "
             f"heaviest {numbers['max_over_uniform']:.1f} x uniform"
         )
+        if ess > experiment.density.target_ess + _ESS_MISSED:
+            context.log.warning(
+                f"density.target_ess {experiment.density.target_ess:g} is out of reach: {ess:.3f} is the lowest that "
+                f"density.max_weight {experiment.density.max_weight:g} and the distances of these prompts allow"
+            )
         vector, from_prompts = [("prompt_embeddings", "embedding")], same_columns("prompts", "prompt_id", "split", "pairs")
         measured = ("group", "log_distance", "density", "decile", "quartile", "weight")
         card = {

@@ -149,9 +149,17 @@ def _hypothesis_report(experiment: Experiment) -> dg.AssetsDefinition:
         report, folder = build_report(experiment, rm_evaluation, policy_evaluation), reports.stage(context)
         report.write(folder)
         context.log.info(f"report.md, report.json and {len(report.figures)} figures written")
-        return folder_output(folder, {"report": dg.MetadataValue.md(report.embedded()), "verdict": report.table["verdict"]})
+        return folder_output(folder, {"report": dg.MetadataValue.md(report.embedded()), **_headline(report.table)})
 
     return hypothesis_report
+
+
+def _headline(table: dict[str, Any]) -> dict[str, Any]:
+    """The verdict without opening the report: in words, and as numbers that Dagster plots from run to run."""
+    claims = {"reward_model": "rare_accuracy_gain_percent", "policy": "judge_reward_gain"}
+    gains = {name: table[part]["difference"]["mean"] for part, name in claims.items() if table[part]["difference"]}
+    sentences = {f"{part}_verdict": table[part]["sentence"] for part in claims}
+    return {"verdict": table["verdict"], **sentences, **gains}
 
 
 def _fingerprint(context: dg.AssetExecutionContext, experiment: Experiment, made_by: Mapping[Path, Settings]) -> str:
