@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from densityrm_core.statistics import Interval
+from densityrm_core.storage import replacing
 
 _WIDTH = 110
 
@@ -116,10 +116,5 @@ def finite(value: Any) -> Any:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write `path` so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(data)

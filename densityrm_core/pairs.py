@@ -18,7 +18,7 @@ from densityrm_core.experiment import PairsSettings, SplitSettings
 from densityrm_core.prompts import PromptIndex, PromptKeys, collided, id_keys, key_ids
 from densityrm_core.selection import CODES, KEPT, REASONS, Codes, Keys, Taken, apply_knobs, cap_prompts, vote
 from densityrm_core.splits import HELD_OUT, SPLITS, Grouping, group_prompts, known_clusters, splits_of
-from densityrm_core.storage import Stored, TableWriter, batches
+from densityrm_core.storage import Stored, batches, table_writer
 from densityrm_core.tables import PREFERENCE_PAIRS, REJECTS, SOURCE_PAIRS
 
 Say = Callable[[str], None]
@@ -138,8 +138,8 @@ def _second_pass(
     shared = _Shared(len(index.first))
     done = kept_before = 0
     with (
-        TableWriter(out / "pairs.parquet", PREFERENCE_PAIRS, grouping.metadata) as pairs,
-        TableWriter(out / "rejects.parquet", REJECTS) as rejects,
+        table_writer(out / "pairs.parquet", PREFERENCE_PAIRS, grouping.metadata) as pairs,
+        table_writer(out / "rejects.parquet", REJECTS) as rejects,
     ):
         for source in sources:
             for batch in batches(source.path, SOURCE_PAIRS.schema.names()):

@@ -12,7 +12,7 @@ import polars as pl
 import polars_hash
 
 from densityrm_core.runs import runs
-from densityrm_core.storage import Stored, TableWriter, batches
+from densityrm_core.storage import Stored, batches, table_writer
 from densityrm_core.tables import PROMPTS
 
 Keys = npt.NDArray[np.uint64]
@@ -75,7 +75,10 @@ def prompt_ids(prompts: pl.Series) -> pl.Series:
         PromptError: two of the prompts, which must be distinct, share an id; the message names both.
     """
     md5 = polars_hash.col("prompt").nchash.md5()  # pyright: ignore[reportAttributeAccessIssue]  the plugin registers it
-    ids = prompts.to_frame("prompt").select(md5.str.head(16).alias("prompt_id"))["prompt_id"]
+    share = -(-len(prompts) // pl.thread_pool_size()) or 1
+    parts = [prompts[i : i + share].to_frame("prompt").lazy() for i in range(0, len(prompts) or 1, share)]
+    hashed = pl.collect_all([part.select(md5.str.head(16).alias("prompt_id")) for part in parts])  # in parallel
+    ids = pl.concat(hashed)["prompt_id"]
     if ids.n_unique() < len(ids):
         raise collided(*prompts.filter(ids == ids.filter(ids.is_duplicated())[0])[:2])
     return ids
@@ -105,7 +108,7 @@ def unique_prompts(pairs: Path, out: Path) -> Stored:
     Reads the pairs twice, a batch at a time: once to count, once for the texts.
     """
     counts, sources, names = _count(pairs)
-    with TableWriter(out, PROMPTS) as writer:
+    with table_writer(out, PROMPTS) as writer:
         known = 0
         for batch in batches(pairs, ["prompt_id", "prompt", "prompt_index", "cluster", "split"]):
             new = batch.filter(pl.col("prompt_index") >= known).unique("prompt_index", keep="first", maintain_order=True)

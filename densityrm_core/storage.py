@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, cast
 
 import polars as pl
@@ -42,28 +41,16 @@ class Stored:
 
 
 class TableWriter:
-    """Writes frames to one Parquet file: zstd, statistics, row groups of GROUP_ROWS whatever the frames' sizes.
+    """Takes the rows of one Parquet file; made by `table_writer`."""
 
-    The file appears at `path` when the block ends without an exception, and never in part. While it is written it carries
-    another name and a lock, so that `sweep` removes the leftover of a killed process and nothing else.
-
-    Raises:
-        TableError: a frame differs from the table's schema; nothing is left behind.
-    """
-
-    def __init__(self, path: Path, table: Table, metadata: dict[str, str] | None = None) -> None:
-        self._path, self._table, self._metadata = path, table, metadata or {}
+    def __init__(self, path: Path, file: IO[bytes], table: Table, metadata: dict[str, str]) -> None:
+        self._path, self._file, self._table, self._metadata = path, file, table, metadata
         self._waiting: list[pl.DataFrame] = []
         self._rows = self._waiting_rows = 0
         self._writer: pq.ParquetWriter | None = None
 
-    def __enter__(self) -> TableWriter:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary, self._file = _locked_file(self._path)
-        return self
-
     def write(self, frame: pl.DataFrame) -> None:
-        """Append rows."""
+        """Append rows. Raises TableError if they differ from the table's schema."""
         self._waiting.append(self._table.check(frame).select(self._table.schema.names()))
         self._waiting_rows += frame.height
         while self._waiting_rows >= GROUP_ROWS:
@@ -71,27 +58,23 @@ class TableWriter:
             self._flush(rows[:GROUP_ROWS])
             self._waiting, self._waiting_rows = [rows[GROUP_ROWS:]], rows.height - GROUP_ROWS
 
+    def close(self) -> None:
+        """Write what is waiting, and the footer."""
+        if self._waiting_rows or self._writer is None:
+            self._flush(pl.concat(self._waiting) if self._waiting else self._table.empty())
+        cast(pq.ParquetWriter, self._writer).close()
+
+    def abandon(self) -> None:
+        """Let go of a file that will not be kept."""
+        if self._writer is not None:
+            with contextlib.suppress(Exception):  # what matters is the error that led here
+                self._writer.close()
+
     @property
     def stored(self) -> Stored:
-        """What was written; known once the block has ended."""
+        """What was written; known once the block of `table_writer` has ended."""
         with self._path.open("rb") as file:
             return Stored(self._path, self._table, self._rows, file_hash(file))
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                if self._waiting_rows or self._writer is None:
-                    self._flush(pl.concat(self._waiting) if self._waiting else self._table.empty())
-                cast(pq.ParquetWriter, self._writer).close()
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._temporary.replace(self._path)
-        finally:
-            if self._writer is not None and self._writer.is_open:
-                with contextlib.suppress(Exception):  # the file is given up; what matters is the error that led here
-                    self._writer.close()
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
 
     def _flush(self, rows: pl.DataFrame) -> None:
         table = rows.rechunk().to_arrow()
@@ -100,6 +83,22 @@ class TableWriter:
             self._writer = pq.ParquetWriter(self._file, schema, compression="zstd", write_statistics=True)
         self._writer.write_table(table.cast(self._writer.schema), row_group_size=GROUP_ROWS)
         self._rows += rows.height
+
+
+@contextlib.contextmanager
+def table_writer(path: Path, table: Table, metadata: dict[str, str] | None = None) -> Generator[TableWriter]:
+    """A Parquet file to write frames to: zstd, statistics, row groups of GROUP_ROWS whatever the frames' sizes.
+
+    It appears at `path` when the block ends without an exception, see `replacing`. `metadata` is stored with it.
+    """
+    with replacing(path) as file:
+        writer = TableWriter(path, file, table, metadata or {})
+        try:
+            yield writer
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
 
 
 @contextlib.contextmanager
@@ -135,9 +134,27 @@ def _locked_file(path: Path) -> tuple[Path, IO[bytes]]:
         file.close()
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Generator[IO[bytes]]:
+    """A file to write that takes the place of `path` when the block ends without an exception, and never in part.
+
+    Until then it has another name and a lock, so that `sweep` removes the leftover of a killed process and nothing else.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, file = _locked_file(path)
+    try:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        file.close()
+        temporary.unlink(missing_ok=True)
+
+
 def write_frame(frame: pl.DataFrame, path: Path, table: Table) -> Stored:
     """One frame as a stored table."""
-    with TableWriter(path, table) as writer:
+    with table_writer(path, table) as writer:
         writer.write(frame)
     return writer.stored
 

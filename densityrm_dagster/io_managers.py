@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import dagster as dg
 import polars as pl
 
 from densityrm_core import tables
-from densityrm_core.storage import Stored, held, read_frame, sweep, temporary_folder, write_frame
+from densityrm_core.storage import Stored, held, lock, read_frame, sweep, temporary_folder, temporary_name, write_frame
 
 TABLE = "table"  # definition metadata that names the asset's schema in densityrm_core.tables
 
@@ -73,15 +72,15 @@ class FolderIOManager(dg.ConfigurableIOManager):
 
     folder: str
 
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        sweep(Path(self.folder))
+
     def stage(self, context: dg.AssetExecutionContext) -> Path:
         """An empty folder to write the asset's value into, on the same file system as its final place."""
-        base = Path(self.folder)
-        base.mkdir(parents=True, exist_ok=True)
         name = "-".join([*context.asset_key.path, *([context.partition_key] if context.has_partition_key else [])])
-        for leftover in base.glob(f".{name}.*.tmp"):  # of a killed run: steps of one asset and partition never overlap
-            shutil.rmtree(leftover, ignore_errors=True)
-        staged = base / f".{name}.{uuid.uuid4().hex}.tmp"
-        staged.mkdir()
+        staged = temporary_name(Path(self.folder, name))
+        staged.mkdir(parents=True)
+        lock(os.open(staged, os.O_RDONLY))  # left open: the folder is safe from sweeps until this process ends
         return staged
 
     def handle_output(self, context: dg.OutputContext, obj: Path) -> None:

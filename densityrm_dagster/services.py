@@ -58,7 +58,7 @@ def prepare_home(root: Path, experiment: str) -> int:
     alone = lock(in_use)
     with dg.DagsterInstance.get() as opened:
         close_dead_runs(opened, root, alone)
-    if alone:
-        sweep(state)
+    for folder in (state, root / "raw"):
+        sweep(folder)
     fcntl.flock(in_use, fcntl.LOCK_SH)
     return in_use

@@ -6,8 +6,6 @@ import gzip
 import hashlib
 import html
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from numpy.random import Generator
 
 from densityrm_core.experiment import PlantedSettings
 from densityrm_core.sources.planted_world import FOLLOW_UPS, PlantedWorld, pick
+from densityrm_core.storage import replacing
 
 __all__ = ["PlantedWorld", "planted_file", "planted_rows", "write_raw"]
 
@@ -36,19 +35,9 @@ def planted_file(name: str, settings: PlantedSettings, folder: Path) -> Path:
 
 def write_raw(name: str, settings: PlantedSettings, path: Path) -> None:
     """Write the planted rows of source `name` in its raw format. Same settings, same bytes; the file appears at once, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with (
-            os.fdopen(descriptor, "wb") as file,
-            gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6) as zipped,
-        ):
-            for row in planted_rows(name, settings):
-                zipped.write(json.dumps(row).encode() + b"\n")
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as file, gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6) as zipped:
+        for row in planted_rows(name, settings):
+            zipped.write(json.dumps(row).encode() + b"\n")
 
 
 def planted_rows(name: str, settings: PlantedSettings) -> Iterator[dict[str, Any]]:

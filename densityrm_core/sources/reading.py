@@ -17,7 +17,7 @@ from densityrm_core.sources.nanochat_pairs import pairs_file
 from densityrm_core.sources.parsing import Parsed, SourceName, parse_rows
 from densityrm_core.sources.planted import planted_file
 from densityrm_core.sources.rows import SourceError
-from densityrm_core.storage import Stored, TableWriter, batches, temporary_name
+from densityrm_core.storage import Stored, batches, replacing, table_writer
 from densityrm_core.tables import REJECTS, SOURCE_PAIRS
 
 _PARSER = 1  # raise when the same raw rows shall give other pairs or rejects
@@ -143,17 +143,18 @@ class _Shards:
         if mark.exists() and all(self._path(key, part).exists() for part in ("pairs", "rejects")):
             return FileRead(**json.loads(mark.read_text(encoding="utf-8")), reused=True)
         found = self._parse(file, key, identity, limit)
-        temporary = temporary_name(mark)
-        record = {k: v for k, v in asdict(found).items() if k != "reused"}
-        temporary.write_text(json.dumps(record), encoding="utf-8")
-        temporary.replace(mark)  # last: from here on the shard counts
+        with replacing(mark) as record:  # last: from here on the shard counts
+            record.write(json.dumps({k: v for k, v in asdict(found).items() if k != "reused"}).encode())
         return found
 
     def gather(self, read: list[FileRead]) -> SourceRead:
         """All shards in the order of their files, as the source's two tables."""
         out = self._folders.out
         reasons: Counter[str] = Counter()
-        with TableWriter(out / "pairs.parquet", SOURCE_PAIRS) as pairs, TableWriter(out / "rejects.parquet", REJECTS) as rejects:
+        with (
+            table_writer(out / "pairs.parquet", SOURCE_PAIRS) as pairs,
+            table_writer(out / "rejects.parquet", REJECTS) as rejects,
+        ):
             for key in self._used:
                 for frame in batches(self._path(key, "pairs")):
                     pairs.write(frame)
@@ -179,8 +180,8 @@ class _Shards:
         processes = self._processes if file.size >= _SPREAD_FROM else 1
         total = FileRead(file.name, file.size, identity, file.revision, 0, 0, 0, "", 0)
         with (
-            TableWriter(self._path(key, "pairs"), SOURCE_PAIRS) as pairs,
-            TableWriter(self._path(key, "rejects"), REJECTS) as rejects,
+            table_writer(self._path(key, "pairs"), SOURCE_PAIRS) as pairs,
+            table_writer(self._path(key, "rejects"), REJECTS) as rejects,
         ):
             for parsed in ordered_map(parse, _chunks(rows), processes):
                 pairs.write(parsed.pairs)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from densityrm_core import tables
-from densityrm_core.storage import GROUP_ROWS, TableWriter, batches, read_frame, temporary_folder, write_frame
+from densityrm_core.storage import GROUP_ROWS, batches, read_frame, table_writer, temporary_folder, write_frame
 from densityrm_dagster.io_managers import TABLE, FolderIOManager, ParquetIOManager
 
 FRAME = tables.METRICS.frame([{"step": 1, "metric": "train/loss", "value": 0.5}])
@@ -77,7 +77,7 @@ def test_the_size_of_written_frames_does_not_show_in_the_file(tmp_path: Path):
     frame = tables.METRICS.frame([{"step": i, "metric": f"m{i % 7}", "value": i / 3} for i in range(GROUP_ROWS + 100)])
     hashes = set()
     for size in (len(frame), 1000, 4099):
-        with TableWriter(tmp_path / f"{size}.parquet", tables.METRICS) as writer:
+        with table_writer(tmp_path / f"{size}.parquet", tables.METRICS) as writer:
             for start in range(0, len(frame), size):
                 writer.write(frame[start : start + size])
         hashes.add(writer.stored.sha256)
@@ -88,7 +88,7 @@ def test_a_start_sweeps_what_a_killed_writer_left_and_nothing_that_lives(tmp_pat
     killed = tmp_path / ".curve.parquet.0123.tmp"
     killed.write_bytes(b"half")
     (tmp_path / ".curve.4567.tmp").mkdir()
-    with TableWriter(tmp_path / "other.parquet", tables.METRICS) as living, temporary_folder(tmp_path / "folder") as folder:
+    with table_writer(tmp_path / "other.parquet", tables.METRICS) as living, temporary_folder(tmp_path / "folder") as folder:
         living.write(FRAME)
         ParquetIOManager(folder=str(tmp_path)).setup_for_execution(dg.build_init_resource_context())
         assert folder.exists()
