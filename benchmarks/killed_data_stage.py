@@ -20,11 +20,7 @@ from pathlib import Path
 
 import yaml
 
-_EXPERIMENT = {
-    "name": "killed",
-    "planted": {"hh_rows": 6000, "ultrafeedback_rows": 6000, "stack_exchange_questions": 12_000},
-    "embedding": {"batch_size": 64},
-}
+_EXPERIMENT = {"name": "killed", "planted": {"hh_rows": 6000, "ultrafeedback_rows": 6000, "stack_exchange_questions": 12_000}}
 _REPOSITORY = Path(__file__).parents[1]
 _GRACE_S = 10.0
 

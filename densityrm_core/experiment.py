@@ -57,8 +57,7 @@ class StackExchangeSettings(SourceSettings):
 
 
 class NanochatSettings(SourceSettings):
-    path: str = Field(default="", description="a folder that holds pairs_all.jsonl, or that file; local or remote")
-    enabled: bool = Field(default=False, description="true reads the folder as a source of its own")
+    path: str = Field(default="", description="a folder that holds pairs_all.jsonl, or that file; no such source if empty")
 
 
 class SourcesSettings(Settings):
@@ -70,7 +69,7 @@ class SourcesSettings(Settings):
     def enabled(self) -> dict[str, SourceSettings]:
         """The sources that are read, by name."""
         every = {name: cast(SourceSettings, getattr(self, name)) for name in type(self).model_fields}
-        return {name: source for name, source in every.items() if source.enabled}
+        return {n: source for n, source in every.items() if source.enabled and (n != "nanochat" or source.path)}
 
 
 class PlantedSettings(Settings):

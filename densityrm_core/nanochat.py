@@ -1,8 +1,8 @@
 """The file layout of nanochat's reward-model scripts: tables written to it, and a folder of it checked before it is a source.
 
-pairs_all.jsonl       one pair a line: src, prompt, chosen, rejected; ours add ids, split, context and scores
+pairs_all.jsonl       one pair a line: id, prompt, chosen, rejected, src; ours add prompt_id, split, context and scores
 prompts_all.jsonl     one prompt a line: id, prompt; ours add split and pairs
-stats.txt             what is in it, for a person
+stats.txt             total_pairs, unique_prompts, src_<source>; ours add split_<split> and prompts_with_weight
 embeddings_offline/   density_weights.npy, prompts_list.json: entry i belongs to line i of prompts_all.jsonl;
                       embeddings_metadata.json: how the weights were made
 """
@@ -29,7 +29,7 @@ from densityrm_core.experiment import Experiment, SourceSettings
 from densityrm_core.sources.files import raw_files
 from densityrm_core.sources.nanochat_pairs import PAIRS_FILE, pairs_file
 from densityrm_core.sources.parsing import parse_rows
-from densityrm_core.storage import batches, lock, read_frame, temporary_name
+from densityrm_core.storage import batches, read_frame, temporary_folder, temporary_name
 
 PROMPTS_FILE, STATS_FILE = "prompts_all.jsonl", "stats.txt"
 WEIGHTS_FILE = "embeddings_offline/density_weights.npy"
@@ -37,8 +37,8 @@ LIST_FILE = "embeddings_offline/prompts_list.json"
 METADATA_FILE = "embeddings_offline/embeddings_metadata.json"
 
 _FILES = {PAIRS_FILE, PROMPTS_FILE, STATS_FILE, WEIGHTS_FILE, LIST_FILE, METADATA_FILE}
-_MARK = "preference pairs in the nanochat layout, written by densityrm"  # first line of stats.txt
-_PAIR = ("src", "prompt", "chosen", "rejected", "prompt_id", "pair_id", "split", "context", "score_chosen", "score_rejected")
+_MARK = "written_by"  # a line of stats.txt that only an export has
+_PAIR = ("pair_id", "prompt", "chosen", "rejected", "src", "prompt_id", "split", "context", "score_chosen", "score_rejected")
 _LINE_ENDS = {c.encode(): json.dumps(c)[1:-1].encode() for c in "\u2028\u2029\x85"}  # to str.splitlines, not to JSON
 _CHUNK = 512  # rows parsed at a time
 
@@ -88,18 +88,10 @@ def export_nanochat(tables: Path, out: Path, report: Report | None = None, exper
     """
     out = out.resolve()
     former = _former_export(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(out)
-    temporary.mkdir()
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        lock(descriptor)
+    with temporary_folder(out) as temporary:
         summary = _write(tables, out, temporary, report or (lambda _file, _rows: None), experiment)
         _take_the_place(temporary, out, former)
         return summary
-    finally:
-        os.close(descriptor)
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_nanochat(folder: Path, report: Report | None = None) -> ImportSummary:
@@ -133,7 +125,7 @@ def _write(tables: Path, out: Path, folder: Path, report: Report, experiment: Ex
     sources, splits = Counter[str](), Counter[str]()
     with _new(folder / PAIRS_FILE) as file:
         for frame in batches(pairs_table, _PAIR):
-            _write_lines(frame.select(_PAIR), file)
+            _write_lines(frame.select(pl.col("pair_id").alias("id"), *_PAIR[1:]), file)
             _count(sources, frame["src"])
             _count(splits, frame["split"])
             report(PAIRS_FILE, splits.total())
@@ -202,14 +194,17 @@ def _metadata(weights: npt.NDArray[np.float32], tables: Path, experiment: Experi
     drawn = weights[weights > 0].astype(np.float64)
     numbers: dict[str, float] = {"prompts_with_weight": len(drawn)}
     if len(drawn):
-        ess = float(drawn.sum() ** 2 / (len(drawn) * (drawn**2).sum()))  # Kish's (sum w)^2 / (n sum w^2)
-        numbers |= {"weight_min": float(drawn.min()), "weight_max": float(drawn.max()), "effective_sample_fraction": ess}
-    settings = experiment.density.model_dump(mode="json") if experiment else {}
+        moments = {"min": drawn.min(), "max": drawn.max(), "mean": drawn.mean(), "std": drawn.std()}
+        numbers |= {f"weights_{name}": float(value) for name, value in moments.items()}
     return {
         "n_prompts": len(weights),
         "embedding_dim": _embedding_width(tables / "prompt_embeddings.parquet"),
+        "embedding_dtype": "float32",
+        "weights_dtype": "float32",
+        "normalization": "L2 unit vectors",
+        **numbers,
         "model": experiment.embedding.model if experiment else None,
-        "density": {**settings, **numbers},
+        "density": experiment.density.model_dump(mode="json") if experiment else None,
     }
 
 
@@ -221,12 +216,12 @@ def _embedding_width(path: Path) -> int | None:
 
 
 def _stats(summary: ExportSummary) -> str:
-    weights = "not computed yet" if summary.weighed is None else f"{summary.weighed:,} prompts with a weight above 0"
-    rows = [("pairs", f"{summary.pairs:,}"), ("prompts", f"{summary.prompts:,}"), ("weights", weights)]
-    rows += [(f"pairs of {name}", f"{count:,}") for name, count in summary.sources.items()]
-    rows += [(f"pairs in {name}", f"{count:,}") for name, count in summary.splits.items()]
+    rows: list[tuple[str, object]] = [("total_pairs", summary.pairs), ("unique_prompts", summary.prompts)]
+    rows += [(f"src_{name}", count) for name, count in summary.sources.items()]
+    rows += [(f"split_{name}", count) for name, count in summary.splits.items()]
+    rows += [("prompts_with_weight", "-" if summary.weighed is None else summary.weighed), (_MARK, "densityrm")]
     width = max(len(key) for key, _ in rows) + 2
-    return "\n".join([_MARK, "", *(f"{key:<{width}}{value}" for key, value in rows), ""])
+    return "".join(f"{key:<{width}}{value}\n" for key, value in rows)
 
 
 def _former_export(out: Path) -> bool:
@@ -247,10 +242,9 @@ def _former_export(out: Path) -> bool:
 
 
 def _is_marked(stats: Path) -> bool:
-    if not stats.is_file():
-        return False
-    with stats.open("rb") as file:
-        return file.readline().rstrip(b"\r\n") == _MARK.encode()
+    return stats.is_file() and any(
+        line.split() == [_MARK, "densityrm"] for line in stats.read_text(encoding="utf-8", errors="replace").splitlines()
+    )
 
 
 def _take_the_place(new: Path, out: Path, former: bool) -> None:

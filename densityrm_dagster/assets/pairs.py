@@ -32,7 +32,7 @@ _LEAK = 0.01  # share of test prompts with a near twin in the training split fro
 
 def pair_assets(experiment: Experiment, raw: Path, shards: Path) -> list[dg.AssetsDefinition]:
     """The assets of this group. `raw` holds planted rows and downloads, `shards` what was read of single files before."""
-    names = [name for name in SOURCES if name != "nanochat" or experiment.sources.nanochat.enabled]
+    names = [name for name in SOURCES if name != "nanochat" or name in experiment.sources.enabled()]
     return [*(_source(name, experiment, raw, shards) for name in names), _union(names, experiment)]
 
 

@@ -97,7 +97,7 @@ def test_exported_pairs_are_read_back_the_same(tables: Path, tmp_path: Path) -> 
     export_nanochat(tables, tmp_path / "out")
     rows = lines(tmp_path / "out" / "pairs_all.jsonl")
     assert [parsed(row) for row in rows] == PAIRS
-    assert [pair_id(parsed(row)) for row in rows] == [row["pair_id"] for row in rows] == [pair_id(p) for p in PAIRS]  # type: ignore[arg-type]
+    assert [pair_id(parsed(row)) for row in rows] == [row["id"] for row in rows] == [pair_id(p) for p in PAIRS]  # type: ignore[arg-type]
     assert [prompt_id(parsed(row).prompt) for row in rows] == [row["prompt_id"] for row in rows]  # type: ignore[union-attr]
     assert [source_of(row) for row in rows] == ["hh", "my-own_1", "hh"]
 
@@ -157,14 +157,16 @@ def test_metadata_say_how_the_weights_were_made(tables: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "out" / "embeddings_offline" / "embeddings_metadata.json").read_bytes()) == {
         "n_prompts": 2,
         "embedding_dim": 3,
+        "embedding_dtype": "float32",
+        "weights_dtype": "float32",
+        "normalization": "L2 unit vectors",
+        "prompts_with_weight": 2,
+        "weights_min": 0.25,
+        "weights_max": 0.75,
+        "weights_mean": 0.5,
+        "weights_std": 0.25,
         "model": experiment.embedding.model,
-        "density": {
-            **experiment.density.model_dump(),
-            "prompts_with_weight": 2,
-            "weight_min": 0.25,
-            "weight_max": 0.75,
-            "effective_sample_fraction": 0.8,
-        },
+        "density": experiment.density.model_dump(),
     }
 
 
@@ -172,15 +174,32 @@ def test_without_weights_the_pairs_are_exported_alone(tables: Path, tmp_path: Pa
     summary = export_nanochat(tables, tmp_path / "out")
     assert summary == ExportSummary(tmp_path / "out", 3, 2, {"hh": 2, "my-own_1": 1}, {"test": 1, "train": 2}, None)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pairs_all.jsonl", "prompts_all.jsonl", "stats.txt"]
-    assert (tmp_path / "out" / "stats.txt").read_text().splitlines()[2:] == [
-        "pairs              3",
-        "prompts            2",
-        "weights            not computed yet",
-        "pairs of hh        2",
-        "pairs of my-own_1  1",
-        "pairs in test      1",
-        "pairs in train     2",
+    assert [line.split() for line in (tmp_path / "out" / "stats.txt").read_text().splitlines()] == [
+        ["total_pairs", "3"],
+        ["unique_prompts", "2"],
+        ["src_hh", "2"],
+        ["src_my-own_1", "1"],
+        ["split_test", "1"],
+        ["split_train", "2"],
+        ["prompts_with_weight", "-"],
+        ["written_by", "densityrm"],
     ]
+
+
+def test_a_line_has_the_keys_that_the_original_scripts_read(tables: Path, tmp_path: Path) -> None:
+    export_nanochat(tables, tmp_path / "out")
+    pairs, prompts = (
+        [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
+        for name in ("pairs_all.jsonl", "prompts_all.jsonl")
+    )
+    assert list(pairs[0])[:5] == ["id", "prompt", "chosen", "rejected", "src"]
+    assert list(prompts[0])[:2] == ["id", "prompt"]
+
+
+def test_newer_files_have_the_conversation_as_prefix() -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Bye"}]
+    pair = parsed({"id": "1", "prefix": {"messages": messages}, "chosen": "Bye!", "rejected": "No.", "src": "hh"})
+    assert pair == Pair((Turn("user", "Hi"), Turn("assistant", "Yes?"), Turn("user", "Bye")), "Bye!", "No.")
 
 
 def test_empty_tables_export_empty_files(tables: Path, tmp_path: Path) -> None:

@@ -9,8 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import dagster as dg
+import polars as pl
 import pytest
 import yaml
+from mlflow import MlflowClient
+
+from benchmarks.killed_data_stage import kill_and_compare
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = {
@@ -24,12 +29,12 @@ TINY = {
 }
 
 
-def demo(folder: Path, settings: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+def demo(folder: Path, settings: object, command: str = "demo", **environment: str) -> "subprocess.CompletedProcess[str]":
     path = folder / "experiment.yaml"
     path.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings))
     variables = {**os.environ, "DENSITYRM_EXPERIMENT": str(path), "DENSITYRM_HOME": str(folder / "home"), **environment}
-    command = [sys.executable, "-m", "densityrm_dagster", "demo"]
-    return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=300)  # noqa: S603  our own
+    line = [sys.executable, "-m", "densityrm_dagster", command]
+    return subprocess.run(line, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=300)  # noqa: S603  our own
 
 
 def hh(folder: Path, *lines: str) -> Path:
@@ -130,11 +135,48 @@ def test_a_killed_demo_leaves_no_process_and_goes_on_where_it_stopped(tmp_path: 
     assert processes_of(home) == []
     made = (home / "tiny" / "tables" / "density_weights.parquet").stat().st_mtime_ns
 
+    mirrors = MlflowClient(f"sqlite:///{home / 'mlflow' / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in mirrors.search_experiments()]
+    assert "RUNNING" in {run.info.status for run in mirrors.search_runs(experiments)}
+
     result = demo(tmp_path, TINY)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert {run.info.status for run in mirrors.search_runs(experiments)} == {"FINISHED", "KILLED"}
+    with dg.DagsterInstance.from_config(str(home / "tiny" / "dagster")) as instance:
+        assert {run.status for run in instance.get_runs()} == {dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS}
     assert (home / "tiny" / "tables" / "density_weights.parquet").stat().st_mtime_ns == made
     assert "base_model[0]" not in result.stderr
     assert not list(home.rglob("*.tmp"))
+
+
+def test_reading_data_after_a_kill_gives_the_tables_of_a_run_that_nobody_killed(tmp_path: Path):
+    """The short version of `python -m benchmarks.killed_data_stage`."""
+    outcome = kill_and_compare(tmp_path, kills=2, seed=1)
+    assert outcome == {"kills": 2, "identical": 2, "leftovers": 0, "left_running": 0}
+
+
+def test_changed_raw_rows_change_the_tables_of_the_next_run(tmp_path: Path):
+    data = hh(tmp_path, *(good_row(i) for i in range(60)))
+    settings = only_hh(data)
+    assert demo(tmp_path, settings, command="read").returncode == 0
+    again = demo(tmp_path, settings, command="read")
+    assert "everything is up to date" in again.stderr
+    with gzip.open(data / "more.jsonl.gz", "wt") as file:
+        file.write("\n".join(good_row(i) for i in range(60, 90)) + "\n")
+    grown = demo(tmp_path, settings, command="read")
+    assert "HH-RLHF        90 rows read = 90 pairs + 0 rejects" in grown.stdout
+    assert len(pl.read_parquet(tmp_path / "home" / "tiny" / "tables" / "prompts.parquet")) == 90
+
+
+def test_two_experiments_share_a_home_and_do_not_disturb_each_other(tmp_path: Path):
+    data = hh(tmp_path, *(good_row(i) for i in range(60)))
+    one, two = ({**only_hh(data), "name": name} for name in ("one", "two"))
+    for settings in (one, two):
+        assert demo(tmp_path, settings, command="read").returncode == 0
+    for settings in (one, two):
+        assert "everything is up to date" in demo(tmp_path, settings, command="read").stderr
+    tables = [(tmp_path / "home" / name / "tables" / "preference_pairs.parquet").read_bytes() for name in ("one", "two")]
+    assert tables[0] == tables[1]
 
 
 def test_definitions_load_without_the_heavy_libraries():
