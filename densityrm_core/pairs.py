@@ -15,7 +15,7 @@ import numpy.typing as npt
 import polars as pl
 
 from densityrm_core.experiment import PairsSettings, SplitSettings
-from densityrm_core.prompts import PromptIndex, PromptKeys, collided, id_keys, key_ids
+from densityrm_core.prompts import PromptIndex, PromptKeys, collided, id_keys, key_ids, same_key
 from densityrm_core.selection import CODES, KEPT, REASONS, Codes, Keys, Taken, apply_knobs, cap_prompts, vote
 from densityrm_core.splits import HELD_OUT, SPLITS, Grouping, group_prompts, known_clusters, splits_of
 from densityrm_core.storage import Stored, batches, table_writer
@@ -60,7 +60,7 @@ def unite_pairs(
         say: hears of progress, a line at a time.
 
     Raises:
-        PromptError: two different prompts share a 64-bit key; the message names both.
+        PromptError: two different prompts share a 64-bit key or an id; the message names both.
     """
     rows = _first_pass(sources, settings)
     say(f"{len(rows.status):,} pairs of {len(sources)} sources read")
@@ -70,6 +70,9 @@ def unite_pairs(
     if len(collision):
         raise collided(*(_prompt_at(sources, row) for row in taken[collision]))
     first = taken[index.first]
+    collision = same_key(rows.prompts[first])
+    if len(collision):
+        raise collided(*(_prompt_at(sources, row) for row in first[collision]))
     say(f"{len(taken):,} pairs of {len(first):,} prompts are left")
     known = known_clusters(previous, splits) if previous and previous.exists() else None
     grouping = group_prompts(_prompts_at(sources, first), rows.prompts[first], splits, known, say)

@@ -79,8 +79,9 @@ def prompt_ids(prompts: pl.Series) -> pl.Series:
     parts = [prompts[i : i + share].to_frame("prompt").lazy() for i in range(0, len(prompts) or 1, share)]
     hashed = pl.collect_all([part.select(md5.str.head(16).alias("prompt_id")) for part in parts])  # in parallel
     ids = pl.concat(hashed)["prompt_id"]
-    if ids.n_unique() < len(ids):
-        raise collided(*prompts.filter(ids == ids.filter(ids.is_duplicated())[0])[:2])
+    collision = same_key(id_keys(ids))
+    if len(collision):
+        raise collided(*prompts.gather(collision))
     return ids
 
 
@@ -124,6 +125,13 @@ def collided(first: str, second: str) -> PromptError:
     return PromptError(
         f"two different prompts have the same 64-bit key: {first[:200]!r} and {second[:200]!r}; reject one of them"
     )
+
+
+def same_key(keys: Keys) -> Rows:
+    """Two ascending rows with one key, shape (2,), or none, shape (0,)."""
+    order = np.argsort(keys)
+    again = np.flatnonzero(keys[order][1:] == keys[order][:-1])[:1]
+    return np.sort(np.concatenate([order[again], order[again + 1]]))
 
 
 def id_keys(ids: pl.Series) -> Keys:

@@ -89,9 +89,7 @@ def known_clusters(pairs: Path, settings: SplitSettings) -> Known | None:
     seen = -1
     for batch in batches(pairs, ["prompt_index", "prompt_id", "cluster"]):
         new = batch.filter(pl.col("prompt_index") > seen).unique("prompt_index", keep="first")
-        seen = int(
-            batch["prompt_index"].cast(pl.Int64).to_numpy().max(initial=seen)
-        )  # prompts are numbered in order of appearance
+        seen = int(batch["prompt_index"].cast(pl.Int64).to_numpy().max(initial=seen))  # prompts are numbered as they appear
         ids.append(id_keys(new["prompt_id"]))
         clusters.append(id_keys(new["cluster"]))
     joined = np.concatenate(ids)

@@ -12,6 +12,8 @@ from densityrm_core.experiment import PairsSettings, SplitSettings
 from densityrm_core.pairs import PairsError, Union, require_splits, unite_pairs
 from densityrm_core.prompts import PromptError, PromptKeys, index_prompts, prompt_ids, unique_prompts
 from densityrm_core.selection import Taken
+from densityrm_core.storage import read_frame, write_frame
+from densityrm_core.tables import SOURCE_PAIRS
 
 from .sources import source
 
@@ -140,6 +142,14 @@ def test_the_union_names_prompts_that_share_a_key_too(tmp_path: Path, monkeypatc
     monkeypatch.setattr(PromptKeys, "add", add)
     with pytest.raises(PromptError, match="'b' and 'a'"):
         unite(tmp_path, source(tmp_path, ("b", "x", "y")), source(tmp_path, A_X))
+
+
+def test_two_prompts_under_one_id_are_both_named(tmp_path: Path):
+    same = source(tmp_path, ("b", "x", "y"), A_X)
+    frame = read_frame(same.path).with_columns(prompt_id=pl.lit("0" * 16))
+    write_frame(frame, same.path, SOURCE_PAIRS)
+    with pytest.raises(PromptError, match="'b' and 'a'"):
+        unite(tmp_path, same)
 
 
 def test_too_few_rows_for_a_split_are_said_so(tmp_path: Path):
