@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
+from densityrm_core.figures import BLUE, GREEN, GREY, PURPLE, VERMILLION, blank, nothing, png, style, titled
 from densityrm_core.statistics import Interval, bootstrap_column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Okabe & Ito 2008: told apart with any colour vision
-BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#595959"
 _POLICY_COLORS = {"base": GREY, "a": BLUE, "b": VERMILLION, "c": GREEN, "d": PURPLE}
 _MARKERS = {"base": "s", "a": "o", "b": "^", "c": "D", "d": "v"}
 _RM = {"rm_uniform": ("uniform RM", BLUE, "o"), "rm_density": ("density RM", VERMILLION, "^")}
@@ -27,9 +23,9 @@ def weight_histogram(weights: pl.DataFrame) -> bytes:
     """How unevenly training prompts are drawn, relative to uniform sampling. Reads DENSITY_WEIGHTS."""
     w = _training_weights(weights)
     if not len(w):
-        return _nothing("Sampling weights")
+        return nothing("Sampling weights")
     relative, ess = w * len(w) / w.sum(), w.sum() ** 2 / (len(w) * (w**2).sum())
-    figure, ax = _figure(f"Effective sample fraction {ess:.2f}; the heaviest prompt: {relative.max():.1f}x its uniform share")
+    figure, ax = titled(f"Effective sample fraction {ess:.2f}; the heaviest prompt: {relative.max():.1f}x its uniform share")
     low, high = relative[relative > 0].min(), relative.max()
     ax.hist(relative, bins=np.geomspace(low / 1.05, high * 1.05, 41).tolist(), color=BLUE)
     ax.axvline(1, color=GREY, linestyle="--", linewidth=1)
@@ -38,70 +34,70 @@ def weight_histogram(weights: pl.DataFrame) -> bytes:
     _plain_ticks(ax, low / 1.05, high * 1.05)
     ax.set_xlabel("draws relative to uniform sampling (weight x number of prompts)")
     ax.set_ylabel("training prompts")
-    return _png(figure)
+    return png(figure)
 
 
 def lorenz_curve(weights: pl.DataFrame) -> bytes:
     """Share of the draws that go to the lightest share of the prompts. Reads DENSITY_WEIGHTS."""
     w = np.sort(_training_weights(weights))
     if not len(w):
-        return _nothing("Share of the draws")
+        return nothing("Share of the draws")
     prompts, draws = np.linspace(0, 1, len(w) + 1), np.concatenate([[0], np.cumsum(w) / w.sum()])
     top = 1 - np.interp(0.9, prompts, draws)
-    figure, ax = _figure(f"The heaviest tenth of the prompts gets {top:.0%} of the draws")
+    figure, ax = titled(f"The heaviest tenth of the prompts gets {top:.0%} of the draws")
     shown = np.unique(np.linspace(0, len(w), 1000).astype(int))
     ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="uniform sampling")
     ax.plot(100 * prompts[shown], 100 * draws[shown], color=BLUE, linewidth=2, label="by 1/density")
     ax.set_xlabel("training prompts, lightest first (%)")
     ax.set_ylabel("share of the draws (%)")
     ax.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def reject_reasons(rejects: pl.DataFrame) -> bytes:
     """Candidate pairs that were rejected, by reason. Reads REJECTS."""
     reasons = rejects.group_by("reason").agg(pl.col("pairs").sum()).sort("pairs", "reason", descending=[False, True])
     if reasons.is_empty():
-        return _nothing("No row was rejected", "every candidate became a pair")
+        return nothing("No row was rejected", "every candidate became a pair")
     names, counts = reasons["reason"].to_list(), reasons["pairs"].to_list()
-    figure, ax = _figure(f"{sum(counts):,} candidate pairs rejected, most of them: {names[-1]}")
+    figure, ax = titled(f"{sum(counts):,} candidate pairs rejected, most of them: {names[-1]}")
     bars = ax.barh(names, counts, color=BLUE)
     ax.bar_label(bars, [f"{n:,}" for n in counts], padding=3)
     ax.margins(x=0.12)
     ax.set_xlabel("candidate pairs")
-    return _png(figure)
+    return png(figure)
 
 
 def curves(metrics: pl.DataFrame, names: Sequence[str], x_label: str) -> bytes:
     """Training curves side by side, one panel for each of `names` that METRICS holds."""
     found = [name for name in names if (metrics["metric"] == name).any()]
     if not found:
-        return _nothing("Training curves", "none of " + ", ".join(names) + " was recorded")
+        return nothing("Training curves", "none of " + ", ".join(names) + " was recorded")
     from matplotlib.ticker import MaxNLocator
 
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
-    figure = _blank(max(6.4, 3.6 * columns), 0.6 + 3.0 * rows)
+    figure = blank(max(6.4, 3.6 * columns), 0.6 + 3.0 * rows)
     for i, name in enumerate(found):
-        ax = _style(figure.add_subplot(rows, columns, i + 1))
+        ax = style(figure.add_subplot(rows, columns, i + 1))
         curve = metrics.filter(pl.col("metric") == name).sort("step")
         x, y = curve["step"].to_numpy(), curve["value"].to_numpy()
         ax.plot(x, y, color=BLUE, linewidth=1.5, marker="o" if len(x) < 20 else None, markersize=3)
         ax.set_title(f"{name}: {y[0]:.3g} to {y[-1]:.3g}", fontsize=10, loc="left")
         ax.set_xlabel(x_label)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    return _png(figure)
+    return png(figure)
 
 
 def accuracy_by_decile(rm_evaluation: pl.DataFrame, resamples: int = 2000) -> bytes:
     """Accuracy of both reward models per density decile, with 95 % intervals. Reads RM_EVALUATION."""
     models = [m for m in _RM if (rm_evaluation["model"] == m).any()]
     if not models:
-        return _nothing("Reward model accuracy")
+        return nothing("Reward model accuracy")
     rare = rm_evaluation.filter(pl.col("quartile") == 1)
     means = {m: bootstrap_column(r, "correct", 1).mean for m in models if len(r := rare.filter(pl.col("model") == m))}
     finding = ", ".join(f"{_RM[m][0]} {100 * mean:.1f} %" for m, mean in means.items())
-    figure, ax = _figure(f"Accuracy on the rarest quarter: {finding}" if means else "Accuracy by density decile")
+    figure, ax = titled(f"Accuracy on the rarest quarter: {finding}" if means else "Accuracy by density decile")
     for offset, model in zip((-0.12, 0.12), models, strict=False):
         label, color, marker = _RM[model]
         deciles = rm_evaluation.filter(pl.col("model") == model).partition_by("decile", as_dict=True)
@@ -112,7 +108,7 @@ def accuracy_by_decile(rm_evaluation: pl.DataFrame, resamples: int = 2000) -> by
     ax.set_xlabel("density decile of the prompt (1 rarest, 10 commonest)")
     ax.set_ylabel("pairs ranked right (%), 95 % interval")
     ax.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    return _png(figure)
+    return png(figure)
 
 
 def policy_rewards(policy_evaluation: pl.DataFrame, resamples: int = 2000) -> bytes:
@@ -123,12 +119,12 @@ def policy_rewards(policy_evaluation: pl.DataFrame, resamples: int = 2000) -> by
     }
     base, arms = rewards.get("base"), [p for p in rewards if p != "base"]
     if not rewards:
-        return _nothing("Judge reward")
+        return nothing("Judge reward")
     best = max(rewards, key=lambda p: rewards[p].mean)
     title = f"Highest judge reward: {_name(best)}, {rewards[best].mean:.3g}"
     if base and best != "base":
         title += f" ({rewards[best].mean - base.mean:+.3g} against base)"
-    figure, ax = _figure(title)
+    figure, ax = titled(title)
     if base:
         ax.axhline(base.mean, color=GREY, linestyle="--", linewidth=1.5, label="base policy")
         if np.isfinite(base.high - base.low):
@@ -139,7 +135,7 @@ def policy_rewards(policy_evaluation: pl.DataFrame, resamples: int = 2000) -> by
     ax.set_xticks(range(len(arms)), [_DESCRIPTIONS[arm] for arm in arms])
     ax.set_xlim(-0.5, max(len(arms), 1) - 0.5)
     ax.set_ylabel("judge reward, 95 % interval")
-    return _png(figure)
+    return png(figure)
 
 
 def reward_against_kl(policy_evaluation: pl.DataFrame) -> bytes:
@@ -150,9 +146,9 @@ def reward_against_kl(policy_evaluation: pl.DataFrame) -> bytes:
     means = _sampled(policy_evaluation).group_by("policy", "seed").agg(pl.col("judge_reward", "kl").mean()).sort("policy", "seed")
     arms = means.filter(pl.col("policy") != "base")
     if arms.is_empty():
-        return _nothing("Judge reward against KL")
+        return nothing("Judge reward against KL")
     best = arms.sort("judge_reward").row(-1, named=True)
-    figure, ax = _figure(
+    figure, ax = titled(
         f"Highest judge reward: {_name(best['policy'])}, seed {best['seed']}, {best['judge_reward']:.3g} at {best['kl']:.2g} nats"
     )
     for (policy,), frame in means.partition_by("policy", as_dict=True).items():
@@ -163,7 +159,7 @@ def reward_against_kl(policy_evaluation: pl.DataFrame) -> bytes:
     ax.set_xlabel("square root of KL(policy || base) per reply (nats$^{1/2}$)")
     ax.set_ylabel("judge reward, mean of a seed")
     ax.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 _DESCRIPTIONS = {
@@ -172,46 +168,6 @@ _DESCRIPTIONS = {
     "c": "arm C\nuniform RM,\ndensity prompts",
     "d": "arm D\ndensity RM,\ndensity prompts",
 }
-
-
-@cache
-def _figure_class() -> type[Figure]:
-    """matplotlib takes half a second to import, and most importers of this module draw nothing."""
-    from matplotlib.figure import Figure
-
-    return Figure
-
-
-def _blank(width: float, height: float) -> Figure:
-    return _figure_class()(figsize=(width, height), facecolor="white", layout="constrained")
-
-
-def _figure(title: str) -> tuple[Figure, Axes]:
-    figure = _blank(7.2, 4.2)
-    ax = _style(figure.add_subplot())
-    ax.set_title(title, fontsize=11, loc="left", wrap=True)
-    return figure, ax
-
-
-def _style(ax: Axes) -> Axes:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#E0E0E0", linewidth=0.8)
-    ax.set_axisbelow(True)
-    return ax
-
-
-def _nothing(title: str, reason: str = "nothing to show yet") -> bytes:
-    figure = _blank(7.2, 1.6)
-    ax = figure.add_subplot()
-    ax.set_axis_off()
-    ax.text(0.5, 0.5, f"{title}: {reason}", ha="center", va="center", color=GREY, wrap=True)
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _error_bars(ax: Axes, x: Sequence[float], points: Sequence[Interval], color: str, marker: str, label: str | None) -> None:
