@@ -53,10 +53,15 @@ def kill_and_compare(folder: Path, kills: int, seed: int) -> dict[str, object]:
         process.wait()
         left_running += not _gone(home)
         code = _read(experiment, home).wait()
-        same = code == 0 and _tables(home) == whole
+        tables = _tables(home)
+        other = sorted(name for name in whole if tables.get(name) != whole[name])
+        same = code == 0 and not other and tables.keys() == whole.keys()
         unfinished = [path for path in home.rglob("*.tmp")]
         identical, leftovers = identical + same, leftovers + len(unfinished)
-        print(f"killed after {moment:5.1f} of {took:.1f} s: {'same tables' if same else 'DIFFERENT TABLES'}", flush=True)
+        print(
+            f"killed after {moment:5.1f} of {took:.1f} s: {'same tables' if same else f'DIFFERENT: exit code {code}, {other}'}",
+            flush=True,
+        )
         shutil.rmtree(home)
     return {"kills": kills, "identical": identical, "leftovers": leftovers, "left_running": left_running}
 
