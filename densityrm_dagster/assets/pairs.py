@@ -25,7 +25,7 @@ SOURCES = {
     "hh_rlhf": "HH-RLHF",
     "ultrafeedback": "UltraFeedback",
     "stack_exchange": "Stack Exchange",
-    "nanochat": "a nanochat folder",
+    "nanochat": "nanochat",
 }
 _LEAK = 0.01  # share of test prompts with a near twin in the training split from which on a warning is due
 
