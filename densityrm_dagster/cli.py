@@ -10,6 +10,7 @@ import typer
 from dagster._core.errors import DagsterExecutionInterruptedError  # what Ctrl-C becomes inside a run; exported nowhere else
 
 from densityrm_core.experiment import Experiment, ExperimentError, home, load_experiment
+from densityrm_core.storage import lock
 from densityrm_dagster.cli_data import export_nanochat, import_nanochat, inspect
 from densityrm_dagster.services import prepare_home
 
@@ -47,6 +48,11 @@ def read() -> None:
 
 
 def _materialize(experiment: Experiment, root: Path, seeds: Sequence[int], data_only: bool = False) -> None:
+    state = root / experiment.name
+    state.mkdir(parents=True, exist_ok=True)
+    if not lock(os.open(state / "work.lock", os.O_RDWR | os.O_CREAT, 0o644)):  # held until this process ends
+        print(f"error: another command is at work in {state}; wait for it, or set another DENSITYRM_HOME", file=sys.stderr)
+        raise typer.Exit(1)
     prepare_home(root, experiment.name)
     from densityrm_dagster.run import RunFailedError, data_assets, describe_sources, run_experiment
 

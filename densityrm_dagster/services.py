@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
+from filelock import FileLock
 
 from densityrm_core.storage import lock, sweep
 from densityrm_dagster.reaper import close_dead_runs
@@ -56,7 +57,7 @@ def prepare_home(root: Path, experiment: str) -> int:
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     in_use = os.open(instance / "in-use.lock", os.O_RDWR | os.O_CREAT, 0o644)
     alone = lock(in_use)
-    with dg.DagsterInstance.get() as opened:
+    with FileLock(instance / "create.lock"), dg.DagsterInstance.get() as opened:
         close_dead_runs(opened, root, alone)
     for folder in (state, root / "raw"):
         sweep(folder)

@@ -168,7 +168,7 @@ class _Shards:
         """Remove the shards of files that are gone or changed."""
         if self._folder.exists():
             for path in self._folder.iterdir():
-                if path.name.split(".")[0] not in self._used:
+                if not path.name.startswith(".") and path.name.split(".")[0] not in self._used:
                     path.unlink(missing_ok=True)
 
     def _path(self, key: str, part: str) -> Path:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dagster as dg
@@ -177,6 +178,15 @@ def test_two_experiments_share_a_home_and_do_not_disturb_each_other(tmp_path: Pa
         assert "everything is up to date" in demo(tmp_path, settings, command="read").stderr
     tables = [(tmp_path / "home" / name / "tables" / "preference_pairs.parquet").read_bytes() for name in ("one", "two")]
     assert tables[0] == tables[1]
+
+
+def test_two_commands_at_once_on_one_experiment_are_one_too_many(tmp_path: Path):
+    settings = only_hh(hh(tmp_path, *(good_row(i) for i in range(60))))
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda _: demo(tmp_path, settings, command="read"), range(2)))
+    assert sorted(result.returncode for result in results) == [0, 1]
+    refused = next(result for result in results if result.returncode)
+    check_one_clear_message(refused, "another command is at work", "DENSITYRM_HOME")
 
 
 def test_definitions_load_without_the_heavy_libraries():
