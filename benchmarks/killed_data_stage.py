@@ -1,7 +1,7 @@
 """`densityrm read` killed with SIGKILL at random moments, each time in an empty state folder, and then run again.
 
 Keys: `kills`, `identical` (times that all tables were byte for byte those of a run that nobody killed), `leftovers` (unfinished
-files that were left in the end), `left_running` (processes that outlived a killed command by more than ten seconds).
+files that were left in the end), `left_running` (processes that outlived a killed command by more than half a minute).
 """
 
 import argparse
@@ -22,7 +22,7 @@ import yaml
 
 _EXPERIMENT = {"name": "killed", "planted": {"hh_rows": 6000, "ultrafeedback_rows": 6000, "stack_exchange_questions": 12_000}}
 _REPOSITORY = Path(__file__).parents[1]
-_GRACE_S = 10.0
+_GRACE_S = 30.0  # a server that is still importing notices only afterwards
 
 
 def main() -> None:
