@@ -10,22 +10,15 @@ from densityrm_dagster.assets.pairs import SOURCES
 from densityrm_dagster.freshness import Exists, changed_sources, outdated
 from densityrm_dagster.reaper import PROCESS, this_process
 
-# Two steps at a time, each a fork of a server that has paid for the slow imports once
-_EXECUTOR = {
-    "max_concurrent": 2,
-    "start_method": {
-        "forkserver": {
-            "preload_modules": [
-                "densityrm_dagster.definitions",
-                "densityrm_core.embedding",
-                "densityrm_core.evaluation",
-                "densityrm_core.sft",
-                "sentence_transformers",
-                "mlflow",
-            ]
-        }
-    },
-}
+_PRELOAD = ["densityrm_dagster.definitions"]
+_PRELOAD_TRAINING = [
+    *_PRELOAD,
+    "densityrm_core.embedding",
+    "densityrm_core.evaluation",
+    "densityrm_core.sft",
+    "sentence_transformers",
+    "mlflow",
+]
 
 
 class RunFailedError(Exception):
@@ -69,11 +62,11 @@ def run_experiment(seed: int, experiment: Experiment, root: Path, only: frozense
         again = [key for key in changed if key not in wanted]
         if again:
             rejects = [dg.AssetKey(key.to_user_string().removesuffix("_pairs") + "_rejects") for key in again]
-            _materialize(instance, seed, again + rejects)
+            _materialize(instance, seed, again + rejects, _PRELOAD)
             wanted = outdated(instance, defs, str(seed), stored_under(root / experiment.name))
         wanted = [key for key in wanted if only is None or key.to_user_string() in only]
         if wanted:
-            _materialize(instance, seed, wanted)
+            _materialize(instance, seed, wanted, _PRELOAD if only else _PRELOAD_TRAINING)
         return bool(again or wanted)
 
 
@@ -110,13 +103,15 @@ def describe_sources(experiment: Experiment) -> str:
     return "\n".join(lines)
 
 
-def _materialize(instance: dg.DagsterInstance, seed: int, assets: Sequence[dg.AssetKey]) -> None:
+def _materialize(instance: dg.DagsterInstance, seed: int, assets: Sequence[dg.AssetKey], preload: list[str]) -> None:
+    """Two steps at a time, each a fork of a server that has paid for the slow imports `preload` once."""
+    executor = {"max_concurrent": 2, "start_method": {"forkserver": {"preload_modules": preload}}}
     result = dg.execute_job(
         dg.reconstructable(run_experiment_job),
         instance=instance,
         tags={"dagster/partition": str(seed), PROCESS: this_process()},
         asset_selection=list(assets),
-        run_config={"execution": {"config": {"multiprocess": _EXECUTOR}}, "loggers": {"terminal": {}}},
+        run_config={"execution": {"config": {"multiprocess": executor}}, "loggers": {"terminal": {}}},
     )
     if not result.success:
         failed = [event for event in result.all_events if event.is_failure]
