@@ -52,7 +52,7 @@ def parse_rows(name: SourceName, settings: SourceSettings, rows: Sequence[RawRow
         for item in items:
             if isinstance(item, Pair):
                 candidates += 1
-                pairs.append(_pair_row(item, src, raw.origin))
+                pairs.append(pair_row(item, src, raw.origin))
             else:
                 candidates += item.pairs
                 rejects.append(_reject_row(item, src, raw))
@@ -72,7 +72,8 @@ def _items(raw: RawRow, source: ModuleType, settings: SourceSettings) -> tuple[s
         return src, [Reject(error.reason, error.detail)]
 
 
-def _pair_row(pair: Pair, src: str, origin: str) -> dict[str, object]:
+def pair_row(pair: Pair, src: str, origin: str) -> dict[str, object]:
+    """A pair as a row of tables.SOURCE_PAIRS."""
     return {
         "pair_id": pair_id(pair),
         "prompt_id": prompt_id(pair.prompt),

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from densityrm_core.experiment import PLANTED, PlantedSettings, SourceSettings
@@ -175,7 +176,7 @@ class _Shards:
         return self._folder / f"{key}.{part}.parquet"
 
     def _parse(self, file: RawFile, key: str, identity: str, limit: int | None) -> FileRead:
-        rows = _Limited(file.rows(self._folders.raw / "hub", self._downloaded), limit)
+        rows = islice(file.rows(self._folders.raw / "hub", self._downloaded), limit)
         parse = partial(parse_rows, self._name, self._settings)
         processes = self._processes if file.size >= _SPREAD_FROM else 1
         total = FileRead(file.name, file.size, identity, file.revision, 0, 0, 0, "", 0)
@@ -192,19 +193,6 @@ class _Shards:
 
     def _downloaded(self, name: str, here: int, size: int) -> None:
         self._say(f"{name}: {here / 2**20:,.0f} of {size / 2**20:,.0f} MiB downloaded")
-
-
-class _Limited:
-    """At most `limit` rows of an iterator, which is closed at the end: an open file or download is not left to chance."""
-
-    def __init__(self, rows: Iterator[RawRow], limit: int | None) -> None:
-        self._rows, self._limit = rows, limit
-
-    def __iter__(self) -> Iterator[RawRow]:
-        for number, row in enumerate(self._rows, start=1):
-            yield row
-            if number == self._limit:
-                return
 
 
 def _chunks(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:

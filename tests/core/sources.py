@@ -12,7 +12,8 @@ import polars as pl
 from densityrm_core.experiment import NanochatSettings, PlantedSettings, SourceSettings, StackExchangeSettings
 from densityrm_core.selection import Taken
 from densityrm_core.sources import Folders, SourceName, read_source
-from densityrm_core.sources.rows import Pair, Turn, comparison_key, pair_id, prompt_id
+from densityrm_core.sources.parsing import pair_row
+from densityrm_core.sources.rows import Pair, Turn
 from densityrm_core.storage import write_frame
 from densityrm_core.tables import SOURCE_PAIRS
 
@@ -43,24 +44,7 @@ def source(
     folder: Path, *rows: tuple[str, str, str], src: str = "hh", scores: tuple[float, float] | None = None, **taken: float
 ) -> Taken:
     """A stored source of (prompt, chosen, rejected) rows."""
-    pairs = [Pair((Turn("user", prompt),), chosen, rejected) for prompt, chosen, rejected in rows]
-    frame = SOURCE_PAIRS.frame(
-        [
-            {
-                "pair_id": pair_id(pair),
-                "prompt_id": prompt_id(pair.prompt),
-                "prompt": pair.prompt,
-                "context": [turn._asdict() for turn in pair.context],
-                "chosen": pair.chosen,
-                "rejected": pair.rejected,
-                "score_chosen": scores and scores[0],
-                "score_rejected": scores and scores[1],
-                "src": src,
-                "origin": f"file:{i}",
-                "comparison": comparison_key(pair),
-            }
-            for i, pair in enumerate(pairs, start=1)
-        ]
-    )
+    pairs = [Pair((Turn("user", prompt),), chosen, rejected, *(scores or ())) for prompt, chosen, rejected in rows]
+    frame = SOURCE_PAIRS.frame([pair_row(pair, src, f"file:{i}") for i, pair in enumerate(pairs, start=1)])
     path = folder / f"{src}.{len(list(folder.glob('*.parquet')))}.parquet"
     return Taken(write_frame(frame, path, SOURCE_PAIRS).path, **taken)
