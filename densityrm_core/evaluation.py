@@ -25,13 +25,13 @@ from densityrm_core.tokens import Codec
 _PROMPTS_AT_A_TIME = 32
 
 
-def evaluate_reward_model(folder: Path, test: pl.DataFrame, weights: pl.DataFrame, device: str = "cpu") -> pl.DataFrame:
+def evaluate_reward_model(folder: Path, test: pl.DataFrame, strata: pl.DataFrame, device: str = "cpu") -> pl.DataFrame:
     """Rewards of every pair of `test`: the columns of tables.RM_EVALUATION but seed, model and fingerprint.
 
     Args:
         folder: the reward model.
         test: tables.PREFERENCE_PAIRS, the test split.
-        weights: tables.DENSITY_WEIGHTS, for the strata.
+        strata: tables.PAIR_WEIGHTS.
     """
     codec = load_codec(folder)
     scored = score_pairs(load_reward_model(folder, device), tokenize_pairs(test, codec), codec.pad)
@@ -39,7 +39,7 @@ def evaluate_reward_model(folder: Path, test: pl.DataFrame, weights: pl.DataFram
     rejected = torch.cat([r for _, r in scored]).double().numpy()
     length = pl.col("chosen").str.len_chars().cast(pl.Int64) - pl.col("rejected").str.len_chars().cast(pl.Int64)
     return (
-        test.join(weights.select("prompt_id", "decile", "quartile"), on="prompt_id", how="left", maintain_order="left")
+        test.join(strata.select("pair_id", "decile", "quartile"), on="pair_id", how="left", maintain_order="left")
         .with_columns(pl.Series("reward_chosen", chosen), pl.Series("reward_rejected", rejected))
         .select(
             "pair_id",

@@ -18,6 +18,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PLANTED = "planted"
+_NO_OUTCOME: Any = {
+    "seeds": True,
+    "arms": True,
+    "name": True,
+    "compute": {"parsers", "search_threads"},
+    "density": {"map_points"},
+}
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -124,29 +131,65 @@ class SplitSettings(Settings):
 
 class EmbeddingSettings(Settings):
     model: str = Field(
-        default="sentence-transformers/all-MiniLM-L6-v2", description="a sentence-transformers model: hub id or folder"
+        default="sentence-transformers/all-MiniLM-L6-v2",
+        description="a sentence-transformers model (hub id or folder), lm:<model> (mean hidden state), "
+        "lm-logits:<model> (mean logits), or parquet:<file> with columns prompt_id and embedding",
     )
-    batch_size: int = Field(default=64, ge=1, description="prompts embedded at a time")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="of the encoder's weights; auto: bfloat16 where the hardware multiplies it fast"
+    )
+    tokens_per_batch: int = Field(default=2048, ge=16, description="tokens embedded at a time, padding included")
     max_tokens: int = Field(default=256, ge=8, description="longer prompts are cut here before they are embedded")
 
 
 class DensitySettings(Settings):
+    definition: Literal["mean_log_distance", "mean_distance", "kth_distance", "kde", "soft_count", "original"] = Field(
+        default="mean_log_distance", description="how density is estimated from the distances; original weighs common prompts up"
+    )
     neighbors: int = Field(default=10, ge=1, description="k: the density of a prompt is taken from its k nearest neighbours")
     distance_floor: float = Field(default=0.1, gt=0, description="distances below this count as this")
     near_duplicate_cosine: float = Field(default=0.95, gt=0, le=1, description="prompts at least this similar share one weight")
+    near_duplicate_jaccard: float = Field(
+        default=0.7, gt=0, le=1, description="if one was cut before it was embedded, their 5-character shingles must agree too"
+    )
     target_ess: float = Field(
         default=0.7, gt=0, le=1, description="effective sample fraction (sum w)^2 / (n sum w^2) of distinct prompts; 1 is uniform"
     )
     max_weight: float = Field(
         default=20.0, gt=1, description="no distinct prompt is drawn more than this many times as often as the average one"
     )
+    mix: Fraction = Field(default=0.0, description="share of the draws that is uniform over distinct prompts")
     mass: Literal["per_prompt", "per_pair"] = Field(
         default="per_prompt", description="whether a prompt's pairs share its weight or each carry it"
     )
+    search: Literal["auto", "exact", "index"] = Field(
+        default="auto", description="how neighbours are found; auto: exact while that is affordable, else a faiss index"
+    )
+    recall: float = Field(default=0.95, gt=0, le=1, description="index: share of the true neighbours that must be found")
+    map_points: int = Field(default=20_000, ge=0, description="prompts on the map, a sample; 0 draws none")
+
+
+class SamplingSettings(Settings):
+    method: Literal["systematic", "iid", "without_replacement"] = Field(
+        default="systematic", description="how pairs and prompts are drawn by their weights"
+    )
+    epoch: float = Field(default=1.0, gt=0, description="draws of an epoch as a share of the items")
+
+    @model_validator(mode="after")
+    def _leaves_a_choice(self) -> SamplingSettings:
+        if self.method == "without_replacement" and self.epoch >= 1:
+            raise ValueError(
+                "epoch: must be below 1 without replacement, or every item is drawn once an epoch whatever its weight; try 0.5"
+            )
+        return self
 
 
 class ComputeSettings(Settings):
     parsers: int = Field(default=2, ge=1, description="processes that parse the raw rows of a large file")
+    search_threads: int = Field(default=2, ge=1, description="threads of embedding and of the search for neighbours")
+    max_memory_gib: float = Field(
+        default=4.0, gt=0, description="memory that the search for neighbours may take beside the program itself"
+    )
     threads: int = Field(default=1, ge=1, description="torch threads of one training process; two assets train at a time")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where models run; auto takes a GPU if there is one"
@@ -224,6 +267,7 @@ class Experiment(Settings):
     splits: SplitSettings = SplitSettings()
     embedding: EmbeddingSettings = EmbeddingSettings()
     density: DensitySettings = DensitySettings()
+    sampling: SamplingSettings = SamplingSettings()
     compute: ComputeSettings = ComputeSettings()
     base_model: BaseModelSettings = BaseModelSettings()
     reward_model: RewardModelSettings = RewardModelSettings()
@@ -247,7 +291,7 @@ class Experiment(Settings):
     @property
     def fingerprint(self) -> str:
         """16 hex digits that change whenever any setting that decides the outcome does; seeds and arms may be added freely."""
-        settings = self.model_dump(mode="json", exclude={"seeds": True, "arms": True, "name": True, "compute": {"parsers"}})
+        settings = self.model_dump(mode="json", exclude=_NO_OUTCOME)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

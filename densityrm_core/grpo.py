@@ -10,12 +10,12 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from densityrm_core.experiment import GrpoSettings
+from densityrm_core.experiment import GrpoSettings, SamplingSettings
 from densityrm_core.models import load_causal_lm, load_codec, load_reward_model, read_card
 from densityrm_core.packing import log_probs, pack
 from densityrm_core.reward_model import score_groups
 from densityrm_core.rollout import sample_completions
-from densityrm_core.sampling import SystematicSampler
+from densityrm_core.sampling import make_sampler
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import Codec
 from densityrm_core.training import Plan, Watch, optimize
@@ -53,6 +53,7 @@ def train_policy(
     seed: int,
     watch: Watch,
     device: str = "cpu",
+    sampling: SamplingSettings = SamplingSettings(),
 ) -> TrainedPolicy:
     """A policy started from the base model, trained on completions that it samples itself, step by step.
 
@@ -61,13 +62,14 @@ def train_policy(
         reward_model: folder of the reward model.
         prompts: the columns `context` and `weight` (sampling weight, any scale), one row a prompt.
         seed: decides the order of the prompts and the sampled tokens.
+        sampling: how prompts are drawn by their weights.
     """
     codec = load_codec(base)
     policy, reference = load_causal_lm(base, device), load_causal_lm(base, device).eval().requires_grad_(False)
     judge = load_reward_model(reward_model, device).requires_grad_(False)
     contexts = [codec.prompt(context) for context in prompts["context"].to_list()]
     scale = reward_scale(reference, judge, contexts, codec, settings, seed)
-    sampler = SystematicSampler(prompts["weight"].to_numpy(), len(contexts), stream_seed(seed, "grpo", "prompts"))
+    sampler = make_sampler(prompts["weight"].to_numpy(), stream_seed(seed, "grpo", "prompts"), sampling)
     divergence: list[float] = []
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:

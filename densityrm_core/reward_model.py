@@ -13,10 +13,10 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from densityrm_core.experiment import RewardModelSettings
+from densityrm_core.experiment import RewardModelSettings, SamplingSettings
 from densityrm_core.models import load_codec, new_reward_model
 from densityrm_core.packing import Ids, pack, rewards
-from densityrm_core.sampling import SystematicSampler
+from densityrm_core.sampling import make_sampler
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import Codec
 from densityrm_core.training import Plan, Watch, optimize
@@ -43,6 +43,7 @@ def train_reward_model(
     seed: int,
     watch: Watch,
     device: str = "cpu",
+    sampling: SamplingSettings = SamplingSettings(),
 ) -> tuple[Any, Codec]:
     """A reward model started from the base model's weights. Two of them differ in nothing but `weights`.
 
@@ -51,11 +52,12 @@ def train_reward_model(
         pairs, validation: tables.PREFERENCE_PAIRS, the training and the validation split.
         weights: sampling weight of every training pair, (pairs,), any scale.
         seed: decides the head's initial weights and the order of the pairs.
+        sampling: how pairs are drawn by their weights.
     """
     codec = load_codec(base)
     model = new_reward_model(base, seed, device)
     train, held_out = tokenize_pairs(pairs, codec), tokenize_pairs(validation.head(_MAX_VALIDATION_PAIRS), codec)
-    sampler = SystematicSampler(weights, len(train), stream_seed(seed, "reward model", "pairs"))
+    sampler = make_sampler(weights, stream_seed(seed, "reward model", "pairs"), sampling)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         batch = [train[i] for i in sampler.batch(step, settings.pairs_per_step)]

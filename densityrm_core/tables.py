@@ -132,7 +132,18 @@ PROMPTS = Table(
 PROMPT_EMBEDDINGS = Table(
     "prompt_embeddings",
     "a unit vector for every prompt",
-    (_PROMPT_ID, _SPLIT, Column("embedding", EMBEDDING, "embedding of unit Euclidean length")),
+    (
+        _PROMPT_ID,
+        _SPLIT,
+        Column("truncated", pl.Boolean(), "whether the encoder saw only the beginning of the prompt"),
+        Column("embedding", EMBEDDING, "embedding of unit Euclidean length, rounded to half precision"),
+    ),
+)
+
+CACHED_VECTORS = Table(
+    "cached_vectors",
+    "vectors of prompts, kept from run to run",
+    tuple(column for column in PROMPT_EMBEDDINGS.columns if column is not _SPLIT),
 )
 
 DENSITY_WEIGHTS = Table(
@@ -143,8 +154,8 @@ DENSITY_WEIGHTS = Table(
         _SPLIT,
         Column("pairs", pl.Int64(), "preference pairs with this prompt"),
         Column("group", pl.String(), "prompt_id of the representative of its near-duplicates (itself if it has none)"),
-        Column("log_distance", pl.Float64(), "mean natural log of the distance to the k nearest training prompts"),
-        Column("density", pl.Float64(), "exp(-log_distance): inverse geometric-mean distance"),
+        Column("log_density", pl.Float64(), "natural log of the density among the training prompts, as density.definition says"),
+        Column("density", pl.Float64(), "exp(log_density)"),
         _DECILE,
         _QUARTILE,
         Column(
@@ -153,6 +164,19 @@ DENSITY_WEIGHTS = Table(
             "sampling probability of the prompt; null outside the training split, which is never drawn",
             True,
         ),
+    ),
+)
+
+PAIR_WEIGHTS = Table(
+    "pair_weights",
+    "the density stratum of every pair, and how often it is sampled; rows as in preference_pairs",
+    (
+        Column("pair_id", pl.String(), "the pair"),
+        _PROMPT_ID,
+        _SPLIT,
+        _DECILE,
+        _QUARTILE,
+        Column("weight", pl.Float64(), "sampling probability of the pair; null outside the training split", True),
     ),
 )
 

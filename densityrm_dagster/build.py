@@ -28,7 +28,7 @@ def build_definitions(experiment: Experiment, root: Path | None = None) -> dg.De
     address = urls()
     assets = [
         *pair_assets(experiment, root / "raw", state / "shards"),
-        *density_assets(experiment),
+        *density_assets(experiment, state / "vectors"),
         *model_assets(experiment),
         *reward_model_assets(experiment),
         *policy_assets(experiment),
@@ -37,7 +37,7 @@ def build_definitions(experiment: Experiment, root: Path | None = None) -> dg.De
     jobs = build_jobs(experiment)
     return dg.Definitions(
         assets=assets,
-        asset_checks=[density_checks()],
+        asset_checks=density_checks(),
         jobs=list(jobs.values()),
         schedules=[weekly_schedule(experiment, jobs["run_experiment"])],
         sensors=[automation_sensor(), source_sensor(experiment, root / "raw")],

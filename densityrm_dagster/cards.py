@@ -1,6 +1,7 @@
 """Data cards: what a person wants to know of pairs before trusting them, as metadata of the assets."""
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
@@ -9,6 +10,10 @@ from densityrm_core.experiment import Experiment
 from densityrm_core.sources import FileRead
 from densityrm_core.storage import Stored
 from densityrm_dagster.metadata import markdown_table, plot
+from densityrm_dagster.mlflow_resource import MLflowTracker
+
+if TYPE_CHECKING:
+    from densityrm_core.density import Points, Weighing
 
 _CARD_COLUMNS = ["prompt_id", "prompt", "context", "chosen", "rejected", "src"]
 _FILES_SHOWN = 50
@@ -30,6 +35,28 @@ def data_card(pairs: Stored) -> dict[str, Any]:
         "data_card": dg.MetadataValue.md(card.markdown()),
         "lengths": plot(data_plots.length_histogram(card)),
         "pairs_per_prompt": plot(data_plots.pairs_per_prompt(card)),
+    }
+
+
+def density_card(
+    context: dg.AssetExecutionContext,
+    mlflow: MLflowTracker,
+    experiment: Experiment,
+    weighing: "Weighing",
+    points: "Points",
+    prompts: Path,
+    folder: Path,
+) -> dict[str, Any]:
+    from densityrm_core import plots
+    from densityrm_core.weights import describe_weights
+
+    numbers = describe_weights(weighing.table)
+    return {
+        **numbers,
+        "exponent": weighing.tempered.exponent,
+        "groups": weighing.groups,
+        "histogram": plot(plots.weight_histogram(weighing.table)),
+        "lorenz": plot(plots.lorenz_curve(weighing.table)),
     }
 
 

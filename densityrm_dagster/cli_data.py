@@ -38,6 +38,15 @@ def inspect(
     print(text)
 
 
+def explain(prompt: Annotated[str, typer.Argument(help="id of a prompt, or a text")]) -> None:
+    """Show why a prompt weighs what it weighs: its neighbours, distances, density, decile, and how often it is drawn."""
+    with _one_line_errors():
+        from densityrm_core.explain import explain, explanation_text
+
+        text = explanation_text(explain(prompt, _tables(), load_experiment()), min(shutil.get_terminal_size().columns, 140))
+    print(text)
+
+
 def export_nanochat(out: Annotated[Path, typer.Argument(help="folder to write; a former export there is replaced")]) -> None:
     """Write pairs, prompts and density weights as the files nanochat's scripts read."""
     with _one_line_errors():

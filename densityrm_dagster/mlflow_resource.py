@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError  # what Terminate raises; Dagster exports it nowhere else
 
-REWARD_MODELS, POLICIES = "densityrm/reward-models", "densityrm/policies"
+DENSITIES, REWARD_MODELS, POLICIES = "densityrm/densities", "densityrm/reward-models", "densityrm/policies"
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # opens as a table of runs, not as a page of traces
 _FLUSH_EVERY_S, _FLUSH_AT = 5.0, 500
 _BATCH = 1000  # points that MLflow accepts at once

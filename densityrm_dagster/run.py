@@ -13,7 +13,8 @@ from densityrm_dagster.reaper import PROCESS, this_process
 _PRELOAD = ["densityrm_dagster.definitions"]
 _PRELOAD_TRAINING = [
     *_PRELOAD,
-    "densityrm_core.embedding",
+    "densityrm_core.encoders",
+    "densityrm_core.density",
     "densityrm_core.evaluation",
     "densityrm_core.sft",
     "sentence_transformers",

@@ -33,6 +33,17 @@ def progress(log: Callable[[str], None], every_s: float = 5.0) -> Callable[[str]
     return say
 
 
+def counted(log: Callable[[str], None], what: str, every_s: float = 5.0) -> Callable[[int, int], None]:
+    """Says `done` of `total`, how fast, and how long it will take, at most once every few seconds."""
+    say, started = progress(log, every_s), time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        rate = done / max(time.monotonic() - started, 1e-9)
+        say(f"{done:,}/{total:,} {what}  {rate:,.0f}/s  {(total - done) / max(rate, 1e-9):,.0f} s left")
+
+    return report
+
+
 def _said_by_an_asset(record: logging.LogRecord) -> bool:
     skipped = str(_meta(record).get("orig_message", "")).startswith("Dependencies for step")  # follows from another failure
     return _meta(record).get("dagster_event") is None and not skipped

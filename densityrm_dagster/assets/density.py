@@ -1,4 +1,4 @@
-"""Group density: unique prompts -> embeddings -> density weights."""
+"""Group density: unique prompts -> embeddings -> density weights -> weights of pairs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,19 +7,20 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from densityrm_core import plots
 from densityrm_core.experiment import Experiment
 from densityrm_core.prompts import unique_prompts
-from densityrm_core.tables import DENSITY_WEIGHTS, PROMPT_EMBEDDINGS, PROMPTS
+from densityrm_core.tables import DENSITY_WEIGHTS, PAIR_WEIGHTS, PROMPT_EMBEDDINGS, PROMPTS
 from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content
+from densityrm_dagster.cards import density_card
 from densityrm_dagster.failures import clear_failures
 from densityrm_dagster.freshness import version
 from densityrm_dagster.io_managers import TABLE, ParquetIOManager
-from densityrm_dagster.metadata import markdown_table, plot, same_columns, table_output
+from densityrm_dagster.metadata import markdown_table, same_columns, table_output
+from densityrm_dagster.mlflow_resource import MLflowTracker
+from densityrm_dagster.terminal import counted
 from densityrm_dagster.tracking import set_up_torch
 
-_ESS_MISSED = 0.01
 _COMMON = {
     "group_name": "density",
     "io_manager_key": "tables",
@@ -28,9 +29,9 @@ _COMMON = {
 }
 
 
-def density_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
-    """The assets of this group."""
-    return [_prompts(), _prompt_embeddings(experiment), _density_weights(experiment)]
+def density_assets(experiment: Experiment, vectors: Path) -> list[dg.AssetsDefinition]:
+    """The assets of this group. `vectors` is the folder of embeddings made before."""
+    return [_prompts(), _prompt_embeddings(experiment, vectors), _density_weights(experiment), _pair_weights()]
 
 
 def _prompts() -> dg.AssetsDefinition:
@@ -55,29 +56,46 @@ def _prompts() -> dg.AssetsDefinition:
     return prompts
 
 
-def _prompt_embeddings(experiment: Experiment) -> dg.AssetsDefinition:
+def _prompt_embeddings(experiment: Experiment, vectors: Path) -> dg.AssetsDefinition:
     @dg.asset(
         **_COMMON,
-        code_version=version(1, experiment.embedding),
+        code_version=version(2, experiment.embedding),
         kinds={"sentence-transformers", "parquet"},
         metadata={TABLE: PROMPT_EMBEDDINGS.name},
     )
     def prompt_embeddings(
-        context: dg.AssetExecutionContext, prompts: pl.DataFrame, experiment: dg.ResourceParam[Experiment]
-    ) -> dg.Output[pl.DataFrame]:
+        context: dg.AssetExecutionContext,
+        prompts: Path,
+        experiment: dg.ResourceParam[Experiment],
+        tables: dg.ResourceParam[ParquetIOManager],
+    ) -> Iterator[dg.Output[Any]]:
         """A unit vector for every prompt: near in meaning, near in space."""
         from densityrm_core.embedding import embed_prompts
-
-        def say(done: int) -> None:
-            if done == prompts.height or done % (16 * experiment.embedding.batch_size) == 0:
-                context.log.info(f"{done:,}/{prompts.height:,} prompts embedded")
+        from densityrm_core.models import pick_device
 
         set_up_torch(experiment.compute)
-        with clear_failures():
-            embedded = embed_prompts(prompts, experiment.embedding, say)
-        lineage = same_columns("prompts", "prompt_id", "split") | {"embedding": [("prompts", "prompt")]}
-        card = {"model": experiment.embedding.model, "dimensions": embedded["embedding"].dtype.shape[0]}
-        return table_output(embedded, PROMPT_EMBEDDINGS, lineage, card)
+        settings, compute = experiment.embedding, experiment.compute
+        with tables.stage("prompt_embeddings") as folder:
+            with clear_failures():
+                say = counted(context.log.info, "prompts embedded")
+                device = pick_device(compute.device)
+                out = folder / "embeddings.parquet"
+                made = embed_prompts(prompts, out, settings, vectors, compute.search_threads, device, say)
+            context.log.info(f"{made.new:,} prompts embedded in {made.seconds:.1f} s ({made.dtype}), {made.cached:,} from before")
+            lineage = same_columns("prompts", "prompt_id", "split") | {
+                column: [("prompts", "prompt")] for column in ("truncated", "embedding")
+            }
+            card = {
+                "model": made.model,
+                "revision": made.revision,
+                "precision": made.dtype,
+                "dimensions": made.dimensions,
+                "embedded_now": made.new,
+                "embedded_before": made.cached,
+                "truncated_prompts": made.truncated,
+                "seconds": round(made.seconds, 1),
+            }
+            yield table_output(made.stored, PROMPT_EMBEDDINGS, lineage, card)
 
     return prompt_embeddings
 
@@ -85,50 +103,55 @@ def _prompt_embeddings(experiment: Experiment) -> dg.AssetsDefinition:
 def _density_weights(experiment: Experiment) -> dg.AssetsDefinition:
     @dg.asset(
         **_COMMON,
-        code_version=version(1, experiment.density),
-        kinds={"faiss", "parquet"},
+        code_version=version(2, experiment.density),
+        kinds={"faiss", "parquet", "mlflow"},
         metadata={TABLE: DENSITY_WEIGHTS.name},
     )
     def density_weights(
         context: dg.AssetExecutionContext,
-        prompts: pl.DataFrame,
-        prompt_embeddings: pl.DataFrame,
+        prompts: Path,
+        prompt_embeddings: Path,
         experiment: dg.ResourceParam[Experiment],
-    ) -> dg.Output[pl.DataFrame]:
+        tables: dg.ResourceParam[ParquetIOManager],
+        mlflow: MLflowTracker,
+    ) -> Iterator[dg.Output[Any]]:
         """Sampling weight of every training prompt: the rarer its neighbourhood, the heavier."""
-        from densityrm_core.density import describe_weights, weigh_prompts
+        from densityrm_core.density import read_points, store_weights, weigh_prompts
 
-        with clear_failures():
-            weighing = weigh_prompts(prompts, prompt_embeddings, experiment.density)
-        numbers = describe_weights(weighing.table)
-        ess = numbers["effective_sample_fraction"]
-        context.log.info(
-            f"{numbers['prompts']:,.0f} training prompts in {weighing.groups:,} groups, effective sample fraction {ess:.3f}, "
-            f"heaviest {numbers['max_over_uniform']:.1f} x uniform"
-        )
-        if ess > experiment.density.target_ess + _ESS_MISSED:
-            context.log.warning(
-                f"density.target_ess {experiment.density.target_ess:g} is out of reach: {ess:.3f} is the lowest that "
-                f"density.max_weight {experiment.density.max_weight:g} and the distances of these prompts allow"
-            )
-        vector, from_prompts = [("prompt_embeddings", "embedding")], same_columns("prompts", "prompt_id", "split", "pairs")
-        measured = ("group", "log_distance", "density", "decile", "quartile", "weight")
-        card = {
-            **numbers,
-            "exponent": weighing.exponent,
-            "groups": weighing.groups,
-            "histogram": plot(plots.weight_histogram(weighing.table)),
-            "lorenz": plot(plots.lorenz_curve(weighing.table)),
-            "heaviest_and_lightest": dg.MetadataValue.md(_extremes(weighing.table, prompts)),
-        }
-        return table_output(weighing.table, DENSITY_WEIGHTS, from_prompts | dict.fromkeys(measured, vector), card)
+        with tables.stage("density_weights") as folder:
+            with clear_failures():
+                points = read_points(prompts, prompt_embeddings, folder)
+                weighing = weigh_prompts(points, experiment.density, folder, experiment.compute, context.log.info)
+            stored = store_weights(weighing, folder / "weights.parquet")
+            card = density_card(context, mlflow, experiment, weighing, points, prompts, folder)
+            measured = ("group", "log_density", "density", "decile", "quartile", "weight")
+            lineage = same_columns("prompts", "prompt_id", "split", "pairs") | {
+                column: [("prompt_embeddings", "embedding")] for column in measured
+            }
+            yield table_output(stored, DENSITY_WEIGHTS, lineage, card)
 
     return density_weights
 
 
-def _extremes(weights: pl.DataFrame, prompts: pl.DataFrame) -> str:
-    train = weights.filter(pl.col("weight").is_not_null()).join(prompts.select("prompt_id", "prompt"), on="prompt_id")
-    ranked = train.sort("weight", "prompt_id", descending=[True, False]).select(
-        (pl.col("weight") * pl.len()).alias("times uniform"), "prompt"
+def _pair_weights() -> dg.AssetsDefinition:
+    @dg.asset(
+        **_COMMON,
+        code_version=version(1),
+        kinds={"polars", "parquet"},
+        metadata={TABLE: PAIR_WEIGHTS.name},
     )
-    return markdown_table(pl.concat([ranked.head(5), ranked.tail(5)]))
+    def pair_weights(
+        preference_pairs: Path, density_weights: pl.DataFrame, tables: dg.ResourceParam[ParquetIOManager]
+    ) -> Iterator[dg.Output[Any]]:
+        """Density stratum and sampling weight of every pair: those of its prompt, shared among the prompt's pairs."""
+        from densityrm_core.strata import weigh_pairs
+
+        with tables.stage("pair_weights") as folder:
+            with clear_failures():
+                weighed = weigh_pairs(preference_pairs, density_weights, folder / "pair_weights.parquet")
+            lineage = same_columns("preference_pairs", "pair_id", "prompt_id", "split") | same_columns(
+                "density_weights", "decile", "quartile", "weight"
+            )
+            yield table_output(weighed, PAIR_WEIGHTS, lineage, {})
+
+    return pair_weights

@@ -20,7 +20,7 @@ from densityrm_dagster.partitions import seed_of, seed_partitions
 from densityrm_dagster.tracking import set_up_torch
 
 _COMMON = {"group_name": "evaluation", "owners": OWNERS, "automation_condition": on_new_content()}
-_TABLES = {name: dg.AssetIn(input_manager_key="tables") for name in ("preference_pairs", "density_weights")}
+_TABLES = {n: dg.AssetIn(input_manager_key="tables") for n in ("preference_pairs", "density_weights", "pair_weights")}
 _REWARD_MODELS = ("rm_uniform", "rm_density")
 
 
@@ -37,12 +37,12 @@ def _rm_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
         code_version=version(1, experiment.fingerprint),
         metadata={TABLE: tables.RM_EVALUATION.name},
         partitions_def=seed_partitions(experiment),
-        ins=_TABLES,
+        ins={name: _TABLES[name] for name in ("preference_pairs", "pair_weights")},
     )
     def rm_evaluation(
         context: dg.AssetExecutionContext,
         preference_pairs: pl.DataFrame,
-        density_weights: pl.DataFrame,
+        pair_weights: pl.DataFrame,
         rm_uniform: Path,
         rm_density: Path,
         experiment: dg.ResourceParam[Experiment],
@@ -57,7 +57,7 @@ def _rm_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
         key: dict[str, Any] = {"seed": seed_of(context), "fingerprint": _fingerprint(context, experiment, made_by)}
         with clear_failures():
             rows = pl.concat(
-                with_key(evaluate_reward_model(folder, test, density_weights, device), tables.RM_EVALUATION, model=name, **key)
+                with_key(evaluate_reward_model(folder, test, pair_weights, device), tables.RM_EVALUATION, model=name, **key)
                 for name, folder in zip(_REWARD_MODELS, (rm_uniform, rm_density), strict=True)
             )
         summary = _accuracies(rows)
@@ -65,7 +65,7 @@ def _rm_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
             "accuracy " + ", ".join(f"{r['model']} {r['all']:.3f} (rare {r['rare']:.3f})" for r in summary.to_dicts())
         )
         lineage = same_columns("preference_pairs", "pair_id", "prompt_id", "src") | same_columns(
-            "density_weights", "decile", "quartile"
+            "pair_weights", "decile", "quartile"
         )
         card = {"accuracy": dg.MetadataValue.md(markdown_table(summary)), "by_decile": plot(plots.accuracy_by_decile(rows))}
         return table_output(rows, tables.RM_EVALUATION, lineage, card)
@@ -83,7 +83,8 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
         code_version=version(1, experiment.fingerprint, *experiment.arms),
         metadata={TABLE: tables.POLICY_EVALUATION.name},
         partitions_def=seed_partitions(experiment),
-        ins=_TABLES | {name: dg.AssetIn(input_manager_key="folders") for name in folders},
+        ins={name: _TABLES[name] for name in ("preference_pairs", "density_weights")}
+        | {name: dg.AssetIn(input_manager_key="folders") for name in folders},
     )
     def policy_evaluation(
         context: dg.AssetExecutionContext,

@@ -35,7 +35,7 @@ def _policy(arm: Arm, experiment: Experiment) -> dg.AssetsDefinition:
         group_name="policies",
         kinds={"pytorch", "huggingface", "mlflow"},
         owners=OWNERS,
-        code_version=version(1, experiment.grpo),
+        code_version=version(2, experiment.grpo, experiment.sampling),
         io_manager_key="folders",
         partitions_def=seed_partitions(experiment),
         automation_condition=on_new_content(),
@@ -70,9 +70,8 @@ def _policy(arm: Arm, experiment: Experiment) -> dg.AssetsDefinition:
             clear_failures(),
             tracked(context, mlflow, experiment, POLICIES, settings, name, "completions", **sampling) as training,
         ):
-            trained = train_policy(
-                base_model, reward_model, asked, settings, seed, training.watch, pick_device(experiment.compute.device)
-            )
+            device = pick_device(experiment.compute.device)
+            trained = train_policy(base_model, reward_model, asked, settings, seed, training.watch, device, experiment.sampling)
             how_it_went = {"steps_taken": trained.steps, "stopped_by_kl_budget": trained.stopped_by_kl}
             scale = {"reward_mean": trained.scale.mean, "reward_std": trained.scale.std}
             card = {"settings": settings.model_dump(mode="json"), "seed": seed, **sampling, **how_it_went, **scale}

@@ -40,11 +40,11 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
         group_name="reward_models",
         kinds={"pytorch", "huggingface", "mlflow"},
         owners=OWNERS,
-        code_version=version(1, experiment.reward_model),
+        code_version=version(2, experiment.reward_model, experiment.sampling),
         io_manager_key="folders",
         partitions_def=seed_partitions(experiment),
         automation_condition=on_new_content(),
-        ins={table: dg.AssetIn(input_manager_key="tables") for table in ("preference_pairs", "density_weights")},
+        ins={table: dg.AssetIn(input_manager_key="tables") for table in ("preference_pairs", "pair_weights")},
         check_specs=[
             dg.AssetCheckSpec("losses_finite", asset=name, blocking=True, description="No loss of the run is NaN or infinite."),
             dg.AssetCheckSpec("beats_chance", asset=name, description="Accuracy on the validation split is above one half."),
@@ -54,7 +54,7 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext,
         config: config_class,
         preference_pairs: pl.DataFrame,
-        density_weights: pl.DataFrame,
+        pair_weights: pl.DataFrame,
         base_model: Path,
         experiment: dg.ResourceParam[Experiment],
         folders: dg.ResourceParam[FolderIOManager],
@@ -62,17 +62,19 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
     ) -> Iterator[Any]:
         from densityrm_core.models import pick_device, save_model
         from densityrm_core.reward_model import train_reward_model
-        from densityrm_core.sampling import pair_weights, uniform_weights
+        from densityrm_core.sampling import uniform_weights
 
         settings, folder, seed = chosen(config, experiment.reward_model), folders.stage(context), seed_of(context)
         train, validation = (preference_pairs.filter(pl.col("split") == split) for split in ("train", "validation"))
-        weights = pair_weights(train, density_weights) if sampling == "density" else uniform_weights(train.height)
+        by_density = pair_weights.filter(pl.col("split") == "train")["weight"].to_numpy()
+        weights = by_density if sampling == "density" else uniform_weights(train.height)
         with (
             clear_failures(),
             tracked(context, mlflow, experiment, REWARD_MODELS, settings, name, "pairs", sampling=sampling) as training,
         ):
+            device = pick_device(experiment.compute.device)
             model, codec = train_reward_model(
-                base_model, train, weights, validation, settings, seed, training.watch, pick_device(experiment.compute.device)
+                base_model, train, weights, validation, settings, seed, training.watch, device, experiment.sampling
             )
             save_model(model, codec, folder, {"settings": settings.model_dump(mode="json"), "sampling": sampling, "seed": seed})
             final = {metric: training.watch.last(metric) for metric in ("eval/accuracy", "eval/loss", "eval/margin")}

@@ -1,40 +1,20 @@
-"""Weights grow with rarity, copies do not count twice, and the target is met."""
+"""Density is right against planted truth, weights grow with rarity, copies do not count twice, and the target is met."""
+
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from scipy.stats import spearmanr
 
-from densityrm_core.density import DensityError, _cap, describe_weights, near_duplicate_groups, weigh_prompts
+from densityrm_core.density import DensityError
+from densityrm_core.estimators import bandwidth_of, distances, log_density
 from densityrm_core.experiment import DensitySettings
-from densityrm_core.neighbors import nearest
-from densityrm_core.validation import check_weights
+from densityrm_core.validation import check_pair_weights, check_weights
+from densityrm_core.weights import describe_weights
+from tests.core.points import points, unit, vmf_mixture, weigh, weights_of
 
 DIMENSIONS = 32
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-
-
-def tables_of(vectors: np.ndarray, splits: list[str] | None = None, pairs: list[int] | None = None):
-    ids = [f"{i:016x}" for i in range(len(vectors))]
-    splits = splits or ["train"] * len(vectors)
-    prompts = pl.DataFrame(
-        {
-            "prompt_id": ids,
-            "prompt": ids,
-            "split": splits,
-            "pairs": pairs or [1] * len(vectors),
-            "sources": [["hh"]] * len(vectors),
-        }
-    )
-    column = pl.Series("embedding", vectors, dtype=pl.Array(pl.Float32, vectors.shape[1]))
-    return prompts, prompts.select("prompt_id", "split").with_columns(column)
-
-
-def weights_of(vectors: np.ndarray, **settings: object) -> np.ndarray:
-    table = weigh_prompts(*tables_of(vectors), DensitySettings.model_validate(settings)).table
-    return table["weight"].to_numpy()
 
 
 def cluster_and_loners(spread: float) -> np.ndarray:
@@ -44,123 +24,229 @@ def cluster_and_loners(spread: float) -> np.ndarray:
     return unit(np.vstack([axes[0] + spread * rng.normal(size=(200, DIMENSIONS)), axes[1:6]]))
 
 
+def scattered(count: int, seed: int = 2, dimensions: int = 8) -> np.ndarray:
+    return unit(np.random.default_rng(seed).normal(size=(count, dimensions)))
+
+
+def near(vector: np.ndarray, cosine: float, count: int, seed: int = 0) -> np.ndarray:
+    """Vectors at a given cosine to one."""
+    noise = np.random.default_rng(seed).normal(size=(count, len(vector)))
+    v = vector.astype(np.float64) / np.linalg.norm(vector.astype(np.float64))
+    noise -= np.outer(noise @ v, v)
+    return unit(cosine * v + np.sqrt(1 - cosine**2) * noise / np.linalg.norm(noise, axis=1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return vmf_mixture(16_000)
+
+
+def test_the_default_ranks_prompts_as_their_true_density_does(planted, tmp_path: Path):
+    vectors, truth = planted
+    table = weigh(points(vectors), tmp_path, near_duplicate_cosine=1).table
+    assert spearmanr(table["log_density"], truth).statistic >= 0.97
+    assert spearmanr(table["weight"], -truth).statistic >= 0.97
+
+
+@pytest.mark.parametrize("definition", ["mean_distance", "kth_distance", "kde", "soft_count", "original"])
+def test_every_definition_ranks_prompts_about_as_their_true_density_does(definition: str, planted, tmp_path: Path):
+    vectors, truth = planted
+    table = weigh(points(vectors[:4000]), tmp_path, definition=definition, near_duplicate_cosine=1).table
+    assert spearmanr(table["log_density"], truth[:4000]).statistic >= 0.85
+
+
+def test_definitions_equal_their_formulas_written_out():
+    cosines = np.array([[0.9, 0.5, 0.1], [0.99999, 0.3, 0.0]], np.float32)
+    r, h = distances(cosines), 0.8
+    kernel = [[np.exp(-(x**2) / (2 * h**2)) for x in row] for row in r]
+    expected = {
+        "mean_log_distance": [-sum(np.log(max(x, 0.1)) for x in row) / 3 for row in r],
+        "mean_distance": [-np.log(sum(max(x, 0.1) for x in row) / 3) for row in r],
+        "kth_distance": [-np.log(max(row[-1], 0.1)) for row in r],
+        "kde": [np.log(sum(row) / 3) for row in kernel],
+        "soft_count": [np.log(1 + sum(row)) for row in kernel],
+        "original": [-np.log(sum(row) / 3) for row in r],
+    }
+    for definition, values in expected.items():
+        found = log_density(cosines, DensitySettings.model_validate({"definition": definition}), h)
+        assert found == pytest.approx(values, rel=1e-12), definition
+
+
+def test_the_bandwidth_is_the_median_distance_to_the_last_neighbour():
+    assert bandwidth_of(np.array([3.0, 1.0, 2.0])) == 2.0
+
+
 @pytest.mark.parametrize("spread", [0.001, 0.05, 0.1], ids=["copies", "tight", "loose"])
-def test_every_loner_outweighs_every_member_of_a_cluster(spread: float):
-    weights = weights_of(cluster_and_loners(spread))
+def test_every_loner_outweighs_every_member_of_a_cluster(spread: float, tmp_path: Path):
+    weights = weights_of(cluster_and_loners(spread), tmp_path)
     assert weights[200:].min() > weights[:200].max()
 
 
-def test_weights_meet_the_target_effective_sample_fraction():
-    vectors = unit(np.random.default_rng(1).normal(size=(500, DIMENSIONS)) + np.eye(DIMENSIONS)[0] * 2)
-    table = weigh_prompts(*tables_of(vectors), DensitySettings(target_ess=0.6)).table
-    assert describe_weights(table)["effective_sample_fraction"] == pytest.approx(0.6, abs=0.005)
+def test_the_original_recipe_weighs_the_cluster_up_instead(tmp_path: Path):
+    weights = weights_of(cluster_and_loners(0.1), tmp_path, definition="original")
+    assert weights[200:].max() < weights[:200].min()
 
 
-def test_no_weight_exceeds_its_cap():
-    weights = weights_of(cluster_and_loners(0.1), target_ess=0.1, max_weight=3.0)
-    assert weights.max() * len(weights) <= 3.0 * (1 + 1e-9)
+@pytest.mark.parametrize("target", [0.9, 0.7, 0.5, 0.3])
+def test_the_target_effective_sample_fraction_is_reached(target: float, planted, tmp_path: Path):
+    made = weigh(points(planted[0][:4000]), tmp_path, target_ess=target)
+    assert describe_weights(made.table)["effective_sample_fraction"] == pytest.approx(target, abs=0.005)
+    assert not made.target_missed(DensitySettings(target_ess=target))
 
 
-@pytest.mark.parametrize("copies", [1, 5, 50])
-def test_copies_of_a_prompt_leave_the_mass_of_its_group_unchanged(copies: int):
-    vectors = unit(np.random.default_rng(2).normal(size=(400, 8)))
-    before = weights_of(vectors)[0]
-    group = weights_of(np.vstack([vectors, np.repeat(vectors[:1], copies, axis=0)]))
-    assert (group[0] + group[400:].sum()) == pytest.approx(before, rel=0.05)
+def test_a_target_that_the_cap_keeps_out_of_reach_is_reported(tmp_path: Path):
+    made = weigh(points(cluster_and_loners(0.1)), tmp_path, target_ess=0.1, max_weight=3.0)
+    assert made.target_missed(DensitySettings(target_ess=0.1, max_weight=3.0))
 
 
-def test_members_of_a_near_duplicate_group_share_one_weight():
-    vectors = unit(np.random.default_rng(3).normal(size=(100, 8)))
-    weights = weights_of(np.vstack([vectors, vectors[7]]))
+@pytest.mark.parametrize("copies", [1, 5, 50, 200])
+def test_exact_copies_leave_the_mass_of_a_prompts_group_unchanged(copies: int, tmp_path: Path):
+    vectors = scattered(400)
+    before = weights_of(vectors, tmp_path)[0]
+    group = weights_of(np.vstack([vectors, np.repeat(vectors[:1], copies, axis=0)]), tmp_path)
+    assert 0.95 <= (group[0] + group[400:].sum()) / before <= 1.1
+
+
+def test_fifty_paraphrases_leave_the_mass_of_a_prompts_group_unchanged(tmp_path: Path):
+    vectors = scattered(400, dimensions=16)
+    before = weights_of(vectors, tmp_path)[0]
+    group = weights_of(np.vstack([vectors, near(vectors[0], 0.99, 50)]), tmp_path)
+    assert 0.95 <= (group[0] + group[400:].sum()) / before <= 1.1
+
+
+def test_members_of_a_near_duplicate_group_share_one_weight(tmp_path: Path):
+    vectors = scattered(100)
+    weights = weights_of(np.vstack([vectors, vectors[7]]), tmp_path)
     assert weights[7] == weights[100]
 
 
-def test_near_duplicates_form_groups_through_chains():
+def test_near_duplicates_form_groups_through_chains(tmp_path: Path):
     angles = np.deg2rad([0, 10, 20, 120, 240])
-    groups = near_duplicate_groups(np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32), cosine=0.98)
-    assert groups.tolist() == [0, 0, 0, 3, 4]
+    vectors = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float16)
+    groups = weigh(points(vectors), tmp_path, near_duplicate_cosine=0.98).table["group"]
+    assert groups.to_list() == [f"{i:016x}" for i in (0, 0, 0, 3, 4)]
 
 
-def test_weights_do_not_depend_on_row_order():
-    vectors = cluster_and_loners(0.1)
+STEM = "please read the following long passage carefully and then answer the question that comes at its end "
+
+
+@pytest.mark.parametrize(
+    ("truncated", "groups"), [([False] * 22, 20), ([True, True] + [False] * 20, 21)], ids=["whole", "cut before the difference"]
+)
+def test_prompts_that_differ_only_where_the_encoder_stopped_are_not_one(truncated: list[bool], groups: int, tmp_path: Path):
+    vectors = np.vstack([scattered(1), scattered(20)])[:21]
+    texts = [STEM + "what is the capital of the northern province, and who built its walls?"]
+    texts += ["write a poem in the style of the sea shanties of old, eleven stanzas long, no rhymes, about bread " + STEM[:20]]
+    texts += [f"prompt number {i}" for i in range(19)]
+    vectors = np.vstack([vectors[:1], vectors[:1], scattered(19, seed=9)])
+    found = weigh(points(vectors, texts=texts, truncated=truncated[:21]), tmp_path)
+    assert found.groups == groups
+
+
+def test_weights_depend_neither_on_the_order_of_rows_nor_on_the_size_of_blocks(
+    planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    vectors = np.vstack([planted[0][:5000], near(planted[0][3], 0.97, 20), planted[0][:30]])
+    ids = [f"{i:016x}" for i in np.random.default_rng(1).permutation(len(vectors))]
+    weights = weigh(points(vectors, ids=ids), tmp_path).table["weight"].to_numpy()
     order = np.random.default_rng(4).permutation(len(vectors))
-    assert weights_of(vectors[order]) == pytest.approx(weights_of(vectors)[order], rel=1e-6)
+    monkeypatch.setattr("densityrm_core.vectors.BLOCK", 777)
+    shuffled = weigh(points(vectors[order], ids=[ids[i] for i in order]), tmp_path).table["weight"].to_numpy()
+    assert shuffled == pytest.approx(weights[order], rel=1e-9)
 
 
-def test_held_out_prompts_neither_have_nor_change_weights():
+def test_no_weight_exceeds_its_cap(tmp_path: Path):
+    weights = weights_of(cluster_and_loners(0.1), tmp_path, target_ess=0.1, max_weight=3.0)
+    assert weights.max() * len(weights) <= 3.0 * (1 + 1e-9)
+
+
+def test_a_mix_keeps_a_share_of_the_draws_uniform(tmp_path: Path):
+    weights = weights_of(cluster_and_loners(0.1), tmp_path, target_ess=0.8, mix=0.5)
+    assert weights.min() * len(weights) >= 0.5
+    assert describe_weights(weigh(points(cluster_and_loners(0.1)), tmp_path, target_ess=0.8, mix=0.5).table)[
+        "effective_sample_fraction"
+    ] == pytest.approx(0.8, abs=0.005)
+
+
+def test_held_out_prompts_neither_have_nor_change_weights(tmp_path: Path):
     vectors = cluster_and_loners(0.1)
-    extra = np.vstack([vectors, vectors[:20]])
-    table = weigh_prompts(*tables_of(extra, ["train"] * len(vectors) + ["test"] * 20), DensitySettings()).table
+    extra = points(np.vstack([vectors, vectors[:20]]), ["train"] * len(vectors) + ["test"] * 20)
+    table = weigh(extra, tmp_path).table
     assert table["weight"][len(vectors) :].null_count() == 20
-    assert table["weight"][: len(vectors)].to_numpy() == pytest.approx(weights_of(vectors), rel=1e-9)
+    assert table["weight"][: len(vectors)].to_numpy() == pytest.approx(weights_of(vectors, tmp_path), rel=1e-12)
 
 
-def test_quartiles_run_from_rare_to_common():
-    table = weigh_prompts(*tables_of(cluster_and_loners(0.1)), DensitySettings()).table
+def test_held_out_prompts_are_measured_among_the_training_prompts(tmp_path: Path):
+    vectors = cluster_and_loners(0.1)
+    stranger = unit(np.eye(DIMENSIONS)[20:21])
+    table = weigh(points(np.vstack([vectors, stranger, vectors[:1]]), ["train"] * 205 + ["test"] * 2), tmp_path).table
+    assert table["decile"][205] == 1
+    assert table["decile"][206] > 1
+
+
+def test_deciles_and_quartiles_run_from_rare_to_common(tmp_path: Path):
+    table = weigh(points(cluster_and_loners(0.1)), tmp_path).table
     assert set(table["quartile"][200:]) == {1}
     assert table.group_by("quartile").len().sort("quartile")["len"].to_list() == pytest.approx([51] * 4, abs=2)
 
 
-def test_a_prompt_with_many_pairs_shares_its_mass_unless_asked_otherwise():
-    vectors = unit(np.random.default_rng(5).normal(size=(100, 8)))
-    pairs = [10] + [1] * 99
-    shared = weigh_prompts(*tables_of(vectors, pairs=pairs), DensitySettings()).table["weight"]
-    each = weigh_prompts(*tables_of(vectors, pairs=pairs), DensitySettings(mass="per_pair")).table["weight"]
+def test_a_prompt_with_many_pairs_shares_its_mass_unless_asked_otherwise(tmp_path: Path):
+    given = points(scattered(100), pairs=[10] + [1] * 99)
+    shared = weigh(given, tmp_path).table["weight"]
+    each = weigh(given, tmp_path, mass="per_pair").table["weight"]
     assert each[0] / each[1] == pytest.approx(10 * shared[0] / shared[1])
 
 
 @pytest.mark.parametrize("mass", ["per_prompt", "per_pair"])
-def test_weights_pass_the_validation_list(mass: str):
-    vectors = np.vstack([cluster_and_loners(0.1), cluster_and_loners(0.1)[:30]])
-    prompts, embeddings = tables_of(vectors, pairs=[1 + i % 3 for i in range(len(vectors))])
-    table = weigh_prompts(prompts, embeddings, DensitySettings.model_validate({"mass": mass})).table
-    train = prompts.select(pl.col("prompt_id").repeat_by("pairs").explode())
-    assert [name for name, (passed, _) in check_weights(table, prompts, train, mass).items() if not passed] == []
+def test_weights_pass_the_validation_list(mass: str, tmp_path: Path):
+    given = points(np.vstack([cluster_and_loners(0.1), cluster_and_loners(0.1)[:30]]), pairs=[1, 2, 3, 4, 5] * 47)
+    table = weigh(given, tmp_path, mass=mass).table
+    assert [name for name, (passed, _) in check_weights(table, given.prompts, mass).items() if not passed] == []
 
 
-def test_validation_finds_what_is_wrong():
-    prompts, embeddings = tables_of(cluster_and_loners(0.1))
-    table = weigh_prompts(prompts, embeddings, DensitySettings()).table
-    inverted = table.with_columns(weight=(1 / pl.col("weight")) / (1 / pl.col("weight")).sum())
+def test_the_validation_list_notices_lost_and_inverted_weights(tmp_path: Path):
+    given = points(cluster_and_loners(0.1))
+    table = weigh(given, tmp_path).table
+    inverted = table.with_columns(weight=1 / pl.col("weight") / (1 / pl.col("weight")).sum())
     lost = table.with_columns(weight=pl.when(pl.int_range(pl.len()) > 3).then("weight"))
-    train = prompts.select("prompt_id")
-    assert not check_weights(inverted, prompts, train, "per_prompt")["rarer_weighs_more"][0]
-    found = check_weights(lost, prompts, train, "per_prompt")
+    assert not check_weights(inverted, given.prompts, "per_prompt")["rarer_weighs_more"][0]
+    found = check_weights(lost, given.prompts, "per_prompt")
     assert {name for name, (passed, _) in found.items() if not passed} == {
         "every_prompt_has_a_weight",
-        "every_pair_has_a_weight",
         "weights_are_a_distribution",
-        "sampler_follows_weights",
     }
 
 
-def test_a_query_is_left_out_of_its_neighbours_by_id_even_among_copies():
-    vectors = np.repeat(unit(np.ones((1, 4))), 5, axis=0)
-    _, rows = nearest(vectors, vectors, 4, np.arange(5))
-    assert all(i not in row for i, row in enumerate(rows))
+def test_the_validation_list_notices_pairs_without_weight_and_prompts_with_several():
+    pairs = pl.DataFrame(
+        {"prompt_id": ["a", "a", "b", "c"], "split": ["train"] * 3 + ["test"], "weight": [0.25, 0.25, 0.5, None]}
+    )
+    assert all(passed for passed, _ in check_pair_weights(pairs).values())
+    lost = pairs.with_columns(weight=pl.Series([0.25, 0.25, None, None]))
+    assert not check_pair_weights(lost)["every_pair_has_a_weight"][0]
+    uneven = pairs.with_columns(weight=pl.Series([0.3, 0.2, 0.5, None]))
+    assert not check_pair_weights(uneven)["one_prompt_one_weight"][0]
 
 
-def test_neighbours_equal_a_slow_obvious_search():
-    rng = np.random.default_rng(6)
-    queries, base = unit(rng.normal(size=(20, 16))), unit(rng.normal(size=(300, 16)))
-    cosines, rows = nearest(queries, base, 7)
-    for query, found, near in zip(queries, rows, cosines, strict=True):
-        expected = sorted(range(300), key=lambda i: -float(base[i] @ query))[:7]
-        assert found.tolist() == expected
-        assert near == pytest.approx([float(base[i] @ query) for i in expected], abs=1e-6)
+def test_fewer_prompts_than_neighbours_are_measured_by_those_there_are(tmp_path: Path):
+    made = weigh(points(unit(np.eye(4))), tmp_path)
+    assert made.neighbors == 3
+    assert made.table["weight"].to_list() == pytest.approx([0.25] * 4)
 
 
-def test_a_prompt_without_embedding_is_named():
-    prompts, embeddings = tables_of(cluster_and_loners(0.1))
-    with pytest.raises(DensityError, match="0000000000000003"):
-        weigh_prompts(prompts, embeddings.filter(pl.col("prompt_id") != f"{3:016x}"), DensitySettings())
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_training_prompts_have_no_density(count: int, tmp_path: Path):
+    with pytest.raises(DensityError, match=f"has {count} prompts; density needs at least 2"):
+        weigh(points(unit(np.eye(4))[: count + 1], ["train"] * count + ["test"]), tmp_path)
 
 
-def test_one_training_prompt_has_no_density():
-    with pytest.raises(DensityError, match="at least 2"):
-        weigh_prompts(*tables_of(np.eye(4, dtype=np.float32), ["train", "test", "test", "test"]), DensitySettings())
+def test_prompts_that_are_all_the_same_have_no_density(tmp_path: Path):
+    with pytest.raises(DensityError, match="near-duplicates of one another"):
+        weigh(points(np.repeat(unit(np.ones((1, 8))), 50, axis=0)), tmp_path)
 
 
-def test_the_cap_binds_only_where_it_must():
-    capped = _cap(np.array([10.0, 1.0, 1.0, 1.0, 1.0]), np.ones(5), cap=2.0)
-    assert capped.tolist() == pytest.approx([8 / 3, 1, 1, 1, 1])  # 2 * mean(8/3, 1, 1, 1, 1) = 8/3
+def test_a_vector_that_is_not_finite_is_refused(tmp_path: Path):
+    vectors = scattered(30)
+    vectors[17] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        weigh(points(vectors), tmp_path)

@@ -53,7 +53,7 @@ def prompt_rows(texts: list[str]) -> list[dict[str, object]]:
 
 
 def weight_row(text: str, weight: float | None) -> dict[str, object]:
-    numbers = {"pairs": 1, "log_distance": 0.0, "density": 1.0, "decile": 1, "quartile": 1}
+    numbers = {"pairs": 1, "log_density": 0.0, "density": 1.0, "decile": 1, "quartile": 1}
     return {"prompt_id": prompt_id(text), "split": "train", "group": prompt_id(text), "weight": weight, **numbers}
 
 
@@ -148,8 +148,8 @@ def test_weight_i_belongs_to_line_i_and_held_out_prompts_weigh_zero(tables: Path
 def test_metadata_say_how_the_weights_were_made(tables: Path, tmp_path: Path) -> None:
     weigh(tables, weight_row("Hi", 0.75), weight_row(NASTY, 0.25))
     vectors = pl.DataFrame(
-        {"prompt_id": [prompt_id("Hi")], "split": ["train"], "embedding": [[1.0, 0.0, 0.0]]},
-        schema={"prompt_id": pl.String, "split": pl.String, "embedding": pl.Array(pl.Float32, 3)},
+        {"prompt_id": [prompt_id("Hi")], "split": ["train"], "truncated": [False], "embedding": [[1.0, 0.0, 0.0]]},
+        schema={"prompt_id": pl.String, "split": pl.String, "truncated": pl.Boolean, "embedding": pl.Array(pl.Float32, 3)},
     )
     write_frame(vectors, tables / "prompt_embeddings.parquet", PROMPT_EMBEDDINGS)
     experiment = Experiment()

@@ -18,7 +18,7 @@ def weights(n: int = 5000) -> pl.DataFrame:
     return DENSITY_WEIGHTS.check(
         DENSITY_WEIGHTS.frame(
             [
-                {"prompt_id": f"{i}", "split": "train" if i else "test", "pairs": 1, "group": f"{i}", "log_distance": 0.0,
+                {"prompt_id": f"{i}", "split": "train" if i else "test", "pairs": 1, "group": f"{i}", "log_density": 0.0,
                  "density": 1.0, "decile": 1, "quartile": 1, "weight": w[i] / w[1:].sum() if i else None}
                 for i in range(n)
             ]

@@ -15,7 +15,8 @@ from .conftest import TINY, Run
 
 GRAPH = {
     *("hh_rlhf_pairs", "ultrafeedback_pairs", "stack_exchange_pairs", "preference_pairs"),
-    *("prompts", "prompt_embeddings", "density_weights", "base_model", "rm_judge", "rm_uniform", "rm_density"),
+    *("prompts", "prompt_embeddings", "density_weights", "pair_weights"),
+    *("base_model", "rm_judge", "rm_uniform", "rm_density"),
     *("grpo_a", "grpo_b", "grpo_c", "rm_evaluation", "policy_evaluation", "hypothesis_report"),
 }
 REJECTS = {"hh_rlhf_rejects", "ultrafeedback_rejects", "stack_exchange_rejects", "preference_rejects"}

@@ -1,0 +1,140 @@
+"""Approximate nearest neighbours at scale: a faiss index whose recall is measured against exact search, and raised to a target.
+
+Vectors are assigned to cells; in the cells nearest to a query the product-quantised codes are scanned [Jegou et al. 2011; Andre
+et al. 2015], and the best are refined with vectors of half precision. `nprobe`, the number of cells scanned, doubles until the
+recall is reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from densityrm_core.exact_search import ExactSearch, best_of, inner_products
+from densityrm_core.streams import stream
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Vectors = npt.NDArray[Any]
+Say = Callable[[str], None]
+
+_TRAINED_ON = 48  # vectors for each cell
+_BLOCK = 65_536  # rows of the base read at a time
+_QUERIES = 4_096  # searched at a time
+_SAME = 1e-6  # cosines closer than this are one
+_MEASURED = 1_000  # queries whose neighbours are searched exactly
+_PROBED_FIRST = 4
+_REFINED = 4.0  # candidates by codes for each neighbour wanted
+_STORED = {"SQfp16": 2, "SQ8": 1}  # bytes for each component of the refining copy
+
+
+def build_index(base: Vectors, k: int, recall: float, threads: int, max_memory: int, say: Say) -> IndexSearch:
+    """An index over `base` (n, d), read block by block, that finds the share `recall` of the k nearest.
+
+    The same base gives the same index: samples are drawn by row, and training runs in one order.
+
+    Raises:
+        ValueError: no such index fits into `max_memory` bytes.
+    """
+    faiss.omp_set_num_threads(threads)
+    factory = _factory(base, max_memory)
+    index: Any = faiss.index_factory(base.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    cells: Any = faiss.extract_index_ivf(index)
+    rows = _sample(len(base), cells.nlist * _TRAINED_ON, "training")
+    say(f"{factory}: trained on {len(rows):,} of {len(base):,} vectors")
+    cells.cp.max_points_per_centroid = _TRAINED_ON
+    index.train(np.asarray(base[rows], np.float32))
+    for start in range(0, len(base), _BLOCK):
+        index.add(np.ascontiguousarray(base[start : start + _BLOCK], np.float32))
+        say(f"{min(start + _BLOCK, len(base)):,}/{len(base):,} vectors in the index")
+    found = IndexSearch(base, index, factory, threads)
+    found.reach(k, recall, threads, say)
+    return found
+
+
+class IndexSearch:
+    """A trained index over a base; made by `build_index`."""
+
+    def __init__(self, base: Vectors, index: Any, factory: str, threads: int) -> None:
+        self._base, self._index, self._factory, self._threads = base, index, factory, threads
+        self._cells: Any = faiss.extract_index_ivf(index)
+        self._index.k_factor = _REFINED
+        self._refined_as_stored = base.dtype == np.float16 and "SQfp16" in factory
+        self.recall, self.method = 0.0, factory
+
+    def reach(self, k: int, target: float, threads: int, say: Say) -> None:
+        """Scan more cells until the measured recall of the k nearest is `target`, or all are scanned."""
+        rows = _sample(len(self._base), _MEASURED, "recall")
+        queries = np.asarray(self._base[rows], np.float32)
+        truth, _ = exact_by_parts(self._base, queries, k, rows, threads)
+        probes = _PROBED_FIRST
+        while True:
+            self._cells.nprobe = probes
+            cosines, _ = self.search(queries, k, rows)
+            self.recall = float((cosines >= truth[:, -1:] - _SAME).mean())
+            self.method = f"faiss {self._factory}, nprobe {probes}"
+            say(f"nprobe {probes}: recall {self.recall:.3f}")
+            if self.recall >= target or probes >= self._cells.nlist:
+                return
+            probes *= 2
+
+    def search(self, queries: Vectors, k: int, own: Ints | None = None) -> tuple[Floats, Ints]:
+        """Cosines (q, k) and rows (q, k), nearest first, ties by row; see `neighbors.Search`."""
+        asked = np.ascontiguousarray(queries, np.float32)
+        left_out = np.full(len(asked), -1, np.int64) if own is None else own
+        cosines, rows = np.empty((len(asked), k), np.float32), np.empty((len(asked), k), np.int64)
+        for start in range(0, len(asked), _QUERIES):
+            part = slice(start, start + _QUERIES)
+            found, ids = self._index.search(asked[part], k + 1)  # one more: the query itself may be among them
+            ids[ids == left_out[part, np.newaxis]] = -1
+            if not self._refined_as_stored:
+                found = _cosines(self._base, asked[part], ids)
+            cosines[part], rows[part] = best_of(np.clip(found, -1, 1), ids, k)
+            short = start + np.flatnonzero((ids >= 0).sum(axis=1) < k)
+            if len(short):  # the cells that were scanned hold too few
+                cosines[short], rows[short] = exact_by_parts(self._base, asked[short], k, left_out[short], self._threads)
+        return cosines, rows
+
+
+def exact_by_parts(base: Vectors, queries: Floats, k: int, own: Ints, threads: int) -> tuple[Floats, Ints]:
+    """Exact search of a few queries in a base that need not fit into memory as float32."""
+    best = np.full((len(queries), k), -2, np.float32), np.full((len(queries), k), -1, np.int64)
+    for start in range(0, len(base), _BLOCK):
+        part = base[start : start + _BLOCK]
+        inside = np.where((own >= start) & (own < start + len(part)), own - start, -1)
+        wanted = min(k, len(part) - bool((inside >= 0).any()))
+        if wanted:
+            cosines, rows = ExactSearch(part, threads, 1 << 32).search(queries, wanted, inside)
+            best = best_of(np.hstack([best[0], cosines]), np.hstack([best[1], rows + start]), k)
+    return best
+
+
+def _factory(base: Vectors, max_memory: int) -> str:
+    count, width = base.shape
+    if width % 2:
+        raise ValueError(f"an index needs an even number of dimensions, not {width}; set density.search to exact")
+    cells = int(2 ** np.clip(round(np.log2(4 * np.sqrt(count))), 2, 16))
+    sizes = {kind: count * (width // 4 + bytes_each * width + 8) for kind, bytes_each in _STORED.items()}
+    for kind, size in sizes.items():
+        if size <= max_memory:
+            return f"IVF{cells},PQ{width // 2}x4fs,Refine({kind})"
+    raise ValueError(
+        f"an index of {count:,} vectors needs {min(sizes.values()) / 2**30:.1f} GiB; "
+        f"raise compute.max_memory_gib from {max_memory / 2**30:.1f}"
+    )
+
+
+def _sample(count: int, wanted: int, name: str) -> Ints:
+    rows = stream(0, "index", name).choice(count, min(count, wanted), replace=False)
+    return np.sort(rows).astype(np.int64)
+
+
+def _cosines(base: Vectors, queries: Floats, ids: Ints) -> Floats:
+    """float32 inner products with the vectors themselves; only the rows asked for are read."""
+    rows, place = np.unique(ids, return_inverse=True)
+    some = np.ascontiguousarray(base[np.maximum(rows, 0)], np.float32)
+    return inner_products(queries, some, place.reshape(ids.shape).astype(np.int64))
