@@ -2,7 +2,7 @@
 
 Vectors are assigned to cells; in the cells nearest to a query the product-quantised codes are scanned [Jegou et al. 2011; Andre
 et al. 2015], and the best are refined with vectors of half precision. `nprobe`, the number of cells scanned, doubles until the
-recall is reached.
+recall is reached; where that no longer helps, what is lost is lost by the codes, and twice as many are refined.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from densityrm_core.exact_search import ExactSearch, best_of, inner_products
+from densityrm_core.exact_search import ExactSearch, available, best_of, finite, inner_products
 from densityrm_core.streams import stream
 
 Floats = npt.NDArray[np.float32]
@@ -27,8 +27,9 @@ _BLOCK = 65_536  # rows of the base read at a time
 _QUERIES = 4_096  # searched at a time
 _SAME = 1e-6  # cosines closer than this are one
 _MEASURED = 1_000  # queries whose neighbours are searched exactly
-_PROBED_FIRST = 4
-_REFINED = 4.0  # candidates by codes for each neighbour wanted
+_PROBED_FIRST, _REFINED_FIRST = 4, 4  # cells; candidates by codes for each neighbour wanted
+_REFINED_LAST = 256
+_HELPS = 0.01  # recall gained by twice the cells
 _STORED = {"SQfp16": 2, "SQ8": 1}  # bytes for each component of the refining copy
 
 
@@ -62,30 +63,31 @@ class IndexSearch:
     def __init__(self, base: Vectors, index: Any, factory: str, threads: int) -> None:
         self._base, self._index, self._factory, self._threads = base, index, factory, threads
         self._cells: Any = faiss.extract_index_ivf(index)
-        self._index.k_factor = _REFINED
         self._refined_as_stored = base.dtype == np.float16 and "SQfp16" in factory
         self.recall, self.method = 0.0, factory
 
     def reach(self, k: int, target: float, threads: int, say: Say) -> None:
-        """Scan more cells until the measured recall of the k nearest is `target`, or all are scanned."""
+        """Scan more cells and refine more codes until the measured recall of the k nearest is `target`, or neither helps."""
         rows = _sample(len(self._base), _MEASURED, "recall")
         queries = np.asarray(self._base[rows], np.float32)
         truth, _ = exact_by_parts(self._base, queries, k, rows, threads)
-        probes = _PROBED_FIRST
+        probes, refined, before = _PROBED_FIRST, _REFINED_FIRST, -1.0
         while True:
-            self._cells.nprobe = probes
+            self._cells.nprobe, self._index.k_factor = probes, refined
             cosines, _ = self.search(queries, k, rows)
             self.recall = float((cosines >= truth[:, -1:] - _SAME).mean())
-            self.method = f"faiss {self._factory}, nprobe {probes}"
-            say(f"nprobe {probes}: recall {self.recall:.3f}")
-            if self.recall >= target or probes >= self._cells.nlist:
+            self.method = f"faiss {self._factory}, nprobe {probes}, k_factor {refined}"
+            say(f"nprobe {probes}, k_factor {refined}: recall {self.recall:.3f}")
+            more_cells = probes < self._cells.nlist and self.recall >= before + _HELPS
+            if self.recall >= target or not (more_cells or refined < _REFINED_LAST):
                 return
-            probes *= 2
+            probes, refined = (2 * probes, refined) if more_cells else (probes, 2 * refined)
+            before = self.recall if more_cells else -1.0
 
     def search(self, queries: Vectors, k: int, own: Ints | None = None) -> tuple[Floats, Ints]:
         """Cosines (q, k) and rows (q, k), nearest first, ties by row; see `neighbors.Search`."""
-        asked = np.ascontiguousarray(queries, np.float32)
-        left_out = np.full(len(asked), -1, np.int64) if own is None else own
+        k, left_out = available(len(self._base), len(queries), k, own)
+        asked = finite(queries, 0, "the queries")
         cosines, rows = np.empty((len(asked), k), np.float32), np.empty((len(asked), k), np.int64)
         for start in range(0, len(asked), _QUERIES):
             part = slice(start, start + _QUERIES)

@@ -8,14 +8,19 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from densityrm_core.exact_search import ExactSearch
+from densityrm_core.exact_search import ExactSearch, bytes_needed, finite
+from densityrm_core.hardware import fast_bfloat16
+from densityrm_core.index_search import build_index
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Vectors = npt.NDArray[Any]  # float16 or float32
 
-_EXACT_PRODUCTS = 2e13  # n n d up to which exact search is chosen: 230,000 vectors of 384 dimensions, a minute on two cores
+_EXACT_PRODUCTS = 1.5e13  # n n d up to which exact search beats an index: 200,000 vectors of 384 dimensions
+_SLOW_PRODUCTS = 4e12  # where float32 is all the processor is good at: 100,000 vectors
+_FEWEST_INDEXED = 1_000  # an index is not worth its training for fewer
 _MEMORY = 4 << 30
+_ROWS = 65_536  # looked at at a time
 
 
 class Search(Protocol):
@@ -28,13 +33,16 @@ class Search(Protocol):
         """Cosine and row of the k nearest rows of the base to every query, nearest first, ties by row.
 
         Args:
-            queries: (q, d) unit vectors.
-            k: neighbours wanted; the base must have that many, besides the query itself.
+            queries: (q, d) unit vectors, float16 or float32.
+            k: neighbours wanted; fewer come back if the base has fewer others.
             own: (q,) the row of the base that a query itself is, left out of its neighbours by id, not by position: among exact
                 copies the query need not come first. -1 for a query that is not in the base.
 
         Returns:
             cosines (q, k) clipped to [-1, 1], rows (q, k).
+
+        Raises:
+            ValueError: a query is not finite, or the base has no other row.
         """
         ...
 
@@ -52,38 +60,42 @@ def build_search(
     """Prepare the search for the k nearest rows of `base`, (n, d) unit vectors, float16 or float32, memory-mapped or not.
 
     Args:
-        search: `exact`, `index` (see `index_search`), or `auto`: exact while n^2 d inner products are a matter of a minute.
+        k: neighbours that will be asked for; an index is measured and tuned for this many.
+        search: `exact`, `index` (see `index_search`; fewer than a thousand vectors are searched exactly), or `auto` (see
+            `exact_is_affordable`).
         recall: what an index must find of the true neighbours, measured.
         max_memory: bytes that may be taken beside the base.
         say: receives a sentence at every stage of the building of an index.
 
     Raises:
-        ValueError: a vector is not finite, or the index cannot be kept within `max_memory`.
+        ValueError: a vector is not finite, or the search does not fit into `max_memory`.
     """
-    _require_finite(base)
-    count, width = base.shape
-    if search == "exact" or (search == "auto" and count * count * width <= _EXACT_PRODUCTS):
+    for start in range(0, len(base), _ROWS):
+        finite(base[start : start + _ROWS], start, "the base")
+    small = len(base) < _FEWEST_INDEXED
+    if search == "exact" or small or (search == "auto" and exact_is_affordable(base, max_memory)):
+        if bytes_needed(base) > max_memory:
+            raise ValueError(
+                f"exact search of {len(base):,} vectors needs {bytes_needed(base) / 2**30:.1f} GiB; raise compute.max_memory_gib "
+                f"from {max_memory / 2**30:.1f}, or set density.search to index"
+            )
         return ExactSearch(base, threads, max_memory)
-    from densityrm_core.index_search import build_index
-
     return build_index(base, k, recall, threads, max_memory, say)
 
 
+def exact_is_affordable(base: Vectors, max_memory: int) -> bool:
+    """Whether searching all of `base` (n, d) exactly, n^2 d products, takes no longer than an index, and fits."""
+    count, width = base.shape
+    products = _EXACT_PRODUCTS if fast_bfloat16() else _SLOW_PRODUCTS
+    return count * count * width <= products and bytes_needed(base) <= max_memory
+
+
 def nearest(queries: Vectors, base: Vectors, k: int, own: Ints | None = None, threads: int = 2) -> tuple[Floats, Ints]:
-    """The k nearest rows of `base` to every query, exactly; see `Search.search`. Fewer come back if the base has fewer others.
+    """The k nearest rows of `base` to every query, exactly; see `Search.search`.
 
     Raises:
         ValueError: a vector is not finite, or the base has no other row.
     """
-    k = min(k, len(base) - (own is not None and bool((own >= 0).any())))
-    if k < 1:
-        raise ValueError(f"{len(base)} vectors have no {k or 1} others to be neighbours")
-    _require_finite(queries)
-    return build_search(base, k, search="exact", threads=threads).search(queries, k, own)
-
-
-def _require_finite(vectors: Vectors) -> None:
-    for start in range(0, len(vectors), 1 << 16):
-        bad = ~np.isfinite(vectors[start : start + (1 << 16)]).all(axis=1)
-        if bad.any():
-            raise ValueError(f"vector {start + int(bad.argmax())} is not finite")
+    for start in range(0, len(base), _ROWS):
+        finite(base[start : start + _ROWS], start, "the base")
+    return ExactSearch(base, threads, _MEMORY).search(queries, k, own)

@@ -43,13 +43,31 @@ def lorenz_curve(weights: pl.DataFrame) -> bytes:
     if not len(w):
         return nothing("Share of the draws")
     prompts, draws = np.linspace(0, 1, len(w) + 1), np.concatenate([[0], np.cumsum(w) / w.sum()])
-    top = 1 - np.interp(0.9, prompts, draws)
-    figure, ax = titled(f"The heaviest tenth of the prompts gets {top:.0%} of the draws")
+    top, ess = 1 - np.interp(0.9, prompts, draws), w.sum() ** 2 / (len(w) * (w**2).sum())
+    figure, ax = titled(f"The heaviest tenth of the prompts gets {top:.0%} of the draws; effective sample fraction {ess:.2f}")
     shown = np.unique(np.linspace(0, len(w), 1000).astype(int))
     ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="uniform sampling")
     ax.plot(100 * prompts[shown], 100 * draws[shown], color=BLUE, linewidth=2, label="by 1/density")
     ax.set_xlabel("training prompts, lightest first (%)")
     ax.set_ylabel("share of the draws (%)")
+    ax.legend(frameon=False)
+    return png(figure)
+
+
+def draws_by_decile(shares: pl.DataFrame) -> bytes:
+    """Share of the pairs and of the draws in each density decile. Reads the columns decile, pairs, draws."""
+    if shares.is_empty():
+        return nothing("Draws by density decile")
+    rare = shares.row(0, named=True)
+    figure, ax = titled(
+        f"Decile {rare['decile']}, the rarest: {rare['pairs']:.0%} of the pairs, {rare['draws']:.0%} of the draws"
+    )
+    deciles = shares["decile"].to_numpy()
+    ax.bar(deciles - 0.2, 100 * shares["pairs"].to_numpy(), 0.4, color=GREY, label="of the pairs (drawn uniformly)")
+    ax.bar(deciles + 0.2, 100 * shares["draws"].to_numpy(), 0.4, color=BLUE, label="of the draws by 1/density")
+    ax.set_xticks(range(1, 11))
+    ax.set_xlabel("density decile of the prompt (1 rarest, 10 commonest)")
+    ax.set_ylabel("share (%)")
     ax.legend(frameon=False)
     return png(figure)
 

@@ -53,7 +53,7 @@ class Int8Scores:
     name, stored, dtype, compared = "8-bit integers", torch.int8, torch.int32, torch.int32
 
     def __init__(self, largest: float) -> None:
-        self._scale = np.float32(_QUANTUM / largest)
+        self._scale = np.float32(_QUANTUM / max(largest, 1e-6))
         self._margin = int(np.ceil(_SIGMAS * np.sqrt(2 / 12) * self._scale))
 
     def vectors(self, rows: Floats) -> Tensor:
@@ -117,7 +117,8 @@ def fastest(width: int) -> Kind:
     seconds: dict[str, tuple[float, Kind]] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for kind in (Float32Scores, BFloat16Scores, Int8Scores):
+    kinds = (Float32Scores, BFloat16Scores, Int8Scores) if width > 1 else (Float32Scores,)  # _int_mm is wrong for one column
+    for kind in kinds:
         scores: Scores = kind(float(np.abs(rows).max()))
         tile, queries = scores.vectors(rows[:2048]).T, scores.vectors(rows[2048:])
         out = torch.empty(256, 2048, dtype=scores.dtype)

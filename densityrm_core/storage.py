@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow.parquet as pq
 
@@ -170,6 +172,18 @@ def batches(path: Path, columns: Sequence[str] | None = None, rows: int = BATCH_
     with path.open("rb") as file:
         for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(rows, columns=list(columns) if columns else None):
             yield cast(pl.DataFrame, pl.from_arrow(batch))
+
+
+def rows_at(path: Path, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pl.DataFrame:
+    """Some rows of a table, in the order asked for; read batch by batch."""
+    wanted, place = np.unique(rows, return_inverse=True)
+    found, start = [pl.read_parquet(path, columns=list(columns), n_rows=0)], 0
+    for batch in batches(path, columns):
+        inside = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, start + batch.height)] - start
+        if len(inside):
+            found.append(batch[inside])
+        start += batch.height
+    return pl.concat(found)[place]
 
 
 def key_value_metadata(path: Path) -> dict[str, str]:

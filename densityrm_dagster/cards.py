@@ -1,6 +1,5 @@
 """Data cards: what a person wants to know of pairs before trusting them, as metadata of the assets."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -10,13 +9,13 @@ from densityrm_core.experiment import Experiment
 from densityrm_core.sources import FileRead
 from densityrm_core.storage import Stored
 from densityrm_dagster.metadata import markdown_table, plot
-from densityrm_dagster.mlflow_resource import MLflowTracker
 
 if TYPE_CHECKING:
-    from densityrm_core.density import Points, Weighing
+    from densityrm_core.density_card import DensityCard
 
 _CARD_COLUMNS = ["prompt_id", "prompt", "context", "chosen", "rejected", "src"]
 _FILES_SHOWN = 50
+_SENTENCE = 160  # characters of a cell that is read
 
 
 def data_card(pairs: Stored) -> dict[str, Any]:
@@ -38,25 +37,22 @@ def data_card(pairs: Stored) -> dict[str, Any]:
     }
 
 
-def density_card(
-    context: dg.AssetExecutionContext,
-    mlflow: MLflowTracker,
-    experiment: Experiment,
-    weighing: "Weighing",
-    points: "Points",
-    prompts: Path,
-    folder: Path,
-) -> dict[str, Any]:
+def density_metadata(card: "DensityCard", weights: pl.DataFrame, picture: bytes) -> dict[str, Any]:
+    """The card of the weights: warnings first, then who is rare, how unevenly prompts are drawn, and the original beside it."""
     from densityrm_core import plots
-    from densityrm_core.weights import describe_weights
 
-    numbers = describe_weights(weighing.table)
+    warnings = "\n".join(f"- {warning}" for warning in card.warnings) or "none"
+    original = f"{card.agreement}\n\n{markdown_table(card.favourites)}\n\n{markdown_table(card.checklist, _SENTENCE)}"
     return {
-        **numbers,
-        "exponent": weighing.tempered.exponent,
-        "groups": weighing.groups,
-        "histogram": plot(plots.weight_histogram(weighing.table)),
-        "lorenz": plot(plots.lorenz_curve(weighing.table)),
+        "warnings": dg.MetadataValue.md(warnings),
+        **card.numbers,
+        "map": plot(picture),
+        "histogram": plot(plots.weight_histogram(weights)),
+        "lorenz": plot(plots.lorenz_curve(weights)),
+        "rarest": dg.MetadataValue.md(markdown_table(card.rarest, _SENTENCE)),
+        "commonest": dg.MetadataValue.md(markdown_table(card.commonest, _SENTENCE)),
+        "by_source": dg.MetadataValue.md(markdown_table(card.by_source)),
+        "the_original": dg.MetadataValue.md(original),
     }
 
 

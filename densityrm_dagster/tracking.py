@@ -72,13 +72,13 @@ def tracked(
     set_up_torch(experiment.compute)
     seed = context.partition_key if context.has_partition_key else "0"
     described = {"variant": variant, "seed": seed, "experiment": experiment.name, **params, **settings.model_dump(mode="json")}
-    tags = {
-        "densityrm.experiment": experiment.name,
-        "densityrm.fingerprint": experiment.fingerprint,
-        "densityrm.variant": variant,
-    }
-    with mlflow.run(context, group, described, tags) as mirror:
+    with mlflow.run(context, group, described, tags_of(experiment) | {"densityrm.variant": variant}) as mirror:
         yield Training(context, mirror, unit)
+
+
+def tags_of(experiment: Experiment) -> dict[str, str]:
+    """By which runs of one experiment are found and compared."""
+    return {"densityrm.experiment": experiment.name, "densityrm.fingerprint": experiment.fingerprint}
 
 
 def set_up_torch(compute: ComputeSettings) -> None:

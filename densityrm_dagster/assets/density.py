@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
@@ -12,14 +12,17 @@ from densityrm_core.prompts import unique_prompts
 from densityrm_core.tables import DENSITY_WEIGHTS, PAIR_WEIGHTS, PROMPT_EMBEDDINGS, PROMPTS
 from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content
-from densityrm_dagster.cards import density_card
+from densityrm_dagster.cards import density_metadata
 from densityrm_dagster.failures import clear_failures
 from densityrm_dagster.freshness import version
 from densityrm_dagster.io_managers import TABLE, ParquetIOManager
-from densityrm_dagster.metadata import markdown_table, same_columns, table_output
-from densityrm_dagster.mlflow_resource import MLflowTracker
+from densityrm_dagster.metadata import markdown_table, plot, same_columns, table_output
+from densityrm_dagster.mlflow_resource import DENSITIES, MirroredRun, MLflowTracker
 from densityrm_dagster.terminal import counted
-from densityrm_dagster.tracking import set_up_torch
+from densityrm_dagster.tracking import set_up_torch, tags_of
+
+if TYPE_CHECKING:
+    from densityrm_core.density import Points, Weighing
 
 _COMMON = {
     "group_name": "density",
@@ -117,20 +120,44 @@ def _density_weights(experiment: Experiment) -> dg.AssetsDefinition:
     ) -> Iterator[dg.Output[Any]]:
         """Sampling weight of every training prompt: the rarer its neighbourhood, the heavier."""
         from densityrm_core.density import read_points, store_weights, weigh_prompts
+        from densityrm_core.density_card import density_card
 
         with tables.stage("density_weights") as folder:
             with clear_failures():
                 points = read_points(prompts, prompt_embeddings, folder)
                 weighing = weigh_prompts(points, experiment.density, folder, experiment.compute, context.log.info)
             stored = store_weights(weighing, folder / "weights.parquet")
-            card = density_card(context, mlflow, experiment, weighing, points, prompts, folder)
+            card = density_card(weighing, points, prompts, experiment.density, experiment.compute.search_threads)
+            for warning in card.warnings:
+                context.log.warning(warning)
+            with mlflow.run(context, DENSITIES, experiment.density.model_dump(mode="json"), tags_of(experiment)) as mirror:
+                picture = _map(experiment, points, weighing, prompts, folder, mirror)
+                mirror.final({name: value for name, value in card.numbers.items() if not isinstance(value, str)})
+            shown = density_metadata(card, weighing.table, picture) | mirror.metadata()
             measured = ("group", "log_density", "density", "decile", "quartile", "weight")
             lineage = same_columns("prompts", "prompt_id", "split", "pairs") | {
                 column: [("prompt_embeddings", "embedding")] for column in measured
             }
-            yield table_output(stored, DENSITY_WEIGHTS, lineage, card)
+            yield table_output(stored, DENSITY_WEIGHTS, lineage, shown)
 
     return density_weights
+
+
+def _map(
+    experiment: Experiment, points: "Points", weighing: "Weighing", prompts: Path, folder: Path, mirror: MirroredRun
+) -> bytes:
+    """The map of the training prompts as a picture; as a page that can be moved about in it goes to MLflow."""
+    from densityrm_core.prompt_map import lay_out, map_html, map_png
+    from densityrm_core.storage import rows_at
+
+    weights, most = weighing.table, experiment.density.map_points
+    train = weights.with_row_index("row").filter(pl.col("split") == "train")["row"].cast(pl.Int64).to_numpy()
+    found = lay_out(points.vectors, train[: len(train) if most else 0], most, experiment.compute.search_threads)
+    if most:
+        page = folder / "prompt_map.html"
+        page.write_text(map_html(found, weights, rows_at(prompts, found.rows, ["prompt"])["prompt"].to_list()), encoding="utf-8")
+        mirror.artifact(page)
+    return map_png(found, weights)
 
 
 def _pair_weights() -> dg.AssetsDefinition:
@@ -144,7 +171,8 @@ def _pair_weights() -> dg.AssetsDefinition:
         preference_pairs: Path, density_weights: pl.DataFrame, tables: dg.ResourceParam[ParquetIOManager]
     ) -> Iterator[dg.Output[Any]]:
         """Density stratum and sampling weight of every pair: those of its prompt, shared among the prompt's pairs."""
-        from densityrm_core.strata import weigh_pairs
+        from densityrm_core import plots
+        from densityrm_core.strata import draws_by_decile, weigh_pairs
 
         with tables.stage("pair_weights") as folder:
             with clear_failures():
@@ -152,6 +180,12 @@ def _pair_weights() -> dg.AssetsDefinition:
             lineage = same_columns("preference_pairs", "pair_id", "prompt_id", "split") | same_columns(
                 "density_weights", "decile", "quartile", "weight"
             )
-            yield table_output(weighed, PAIR_WEIGHTS, lineage, {})
+            shares = draws_by_decile(weighed.frame())
+            card = {
+                "rarest_decile_of_pairs": shares["pairs"][0],
+                "rarest_decile_of_draws": shares["draws"][0],
+                "draws_by_decile": plot(plots.draws_by_decile(shares)),
+            }
+            yield table_output(weighed, PAIR_WEIGHTS, lineage, card)
 
     return pair_weights

@@ -8,6 +8,9 @@ import polars as pl
 from densityrm_core.density import Points, Weighing, weigh_prompts
 from densityrm_core.experiment import DensitySettings
 from densityrm_core.near_duplicates import normalised, signatures
+from densityrm_core.prompts import prompt_ids
+from densityrm_core.storage import write_frame
+from densityrm_core.tables import PROMPT_EMBEDDINGS, PROMPTS
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -30,6 +33,18 @@ def points(
     words = pl.Series(texts or ids, dtype=pl.String)
     cut = np.array(truncated or [False] * len(vectors), np.bool_)
     return Points(prompts, vectors.astype(np.float16), cut, lambda rows: signatures(normalised(words.gather(rows))))
+
+
+def write_tables(
+    folder: Path, vectors: np.ndarray, splits: list[str], texts: list[str], pairs: list[int], sources: list[list[str]]
+) -> None:
+    """`prompts.parquet` and `prompt_embeddings.parquet`, as a run leaves them."""
+    prompts = pl.DataFrame({"prompt": texts, "split": splits, "pairs": pairs, "sources": sources})
+    ids = prompt_ids(prompts["prompt"])
+    write_frame(prompts.with_columns(prompt_id=ids, cluster=ids), folder / "prompts.parquet", PROMPTS)
+    column = pl.Series("embedding", vectors.astype(np.float32), dtype=pl.Array(pl.Float32, vectors.shape[1]))
+    embedded = prompts.select("split", pl.lit(value=False).alias("truncated")).with_columns(column, prompt_id=ids)
+    write_frame(embedded, folder / "prompt_embeddings.parquet", PROMPT_EMBEDDINGS)
 
 
 def weigh(given: Points, folder: Path, **settings: object) -> Weighing:

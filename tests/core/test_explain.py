@@ -9,10 +9,7 @@ from densityrm_core.density import read_points, store_weights, weigh_prompts
 from densityrm_core.experiment import Experiment
 from densityrm_core.explain import explain, explanation_text
 from densityrm_core.inspection import InspectionError
-from densityrm_core.prompts import prompt_ids
-from densityrm_core.storage import write_frame
-from densityrm_core.tables import PROMPT_EMBEDDINGS, PROMPTS
-from tests.core.points import vmf_mixture
+from tests.core.points import vmf_mixture, write_tables
 
 COUNT, HELD_OUT = 300, 20
 
@@ -23,21 +20,9 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tables")
     vectors, _ = vmf_mixture(COUNT, dimensions=24, intrinsic=8, clusters=6)
     vectors[1] = vectors[0]
-    texts = pl.Series("prompt", [f"What is the number {i} | or\n so?" for i in range(COUNT)])
-    frame = pl.DataFrame(
-        {
-            "prompt_id": prompt_ids(texts),
-            "prompt": texts,
-            "cluster": prompt_ids(texts),
-            "split": ["train"] * (COUNT - HELD_OUT) + ["test"] * HELD_OUT,
-            "pairs": [3] + [1] * (COUNT - 1),
-            "sources": [["hh"]] * COUNT,
-        }
-    )
-    write_frame(frame, folder / "prompts.parquet", PROMPTS)
-    column = pl.Series("embedding", vectors.astype("float32"), dtype=pl.Array(pl.Float32, 24))
-    embedded = frame.select("prompt_id", "split", pl.lit(value=False).alias("truncated")).with_columns(column)
-    write_frame(embedded, folder / "prompt_embeddings.parquet", PROMPT_EMBEDDINGS)
+    texts = [f"What is the number {i} | or\n so?" for i in range(COUNT)]
+    splits = ["train"] * (COUNT - HELD_OUT) + ["test"] * HELD_OUT
+    write_tables(folder, vectors, splits, texts, [3] + [1] * (COUNT - 1), [["hh"]] * COUNT)
     points = read_points(folder / "prompts.parquet", folder / "prompt_embeddings.parquet", folder)
     store_weights(weigh_prompts(points, Experiment().density, folder), folder / "density_weights.parquet")
     return folder
