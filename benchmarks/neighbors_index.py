@@ -36,7 +36,7 @@ _SAMPLE = 2_000  # queries of the peers, and of recall
 _TRAINED_ON = 48  # vectors for each of the peer's cells
 _BLOCK = 16_384  # rows read, added or asked for at a time
 _SAME = 1e-6  # cosines closer than this are one
-_SMALL = DIMENSIONS // 4 + DIMENSIONS + 64  # bytes for each vector that leave no room for a refining copy in half precision
+_SMALL = DIMENSIONS // 2 + DIMENSIONS + 64  # bytes for each vector that leave no room for a refining copy in half precision
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """Approximate nearest neighbours at scale: a faiss index whose recall is measured against exact search, and raised to a target.
 
-Vectors are assigned to cells; in the cells nearest to a query the product-quantised codes are scanned [Jegou et al. 2011; Andre
-et al. 2015], and the best are refined with vectors of half precision. `nprobe`, the number of cells scanned, doubles until the
-recall is reached; where that no longer helps, what is lost is lost by the codes, and twice as many are refined.
+Vectors are assigned to cells; in the cells nearest to a query the codes of what is left beside the cell's centre, 4 bits for
+each component, are scanned [Jegou et al. 2011; Andre et al. 2015], and the best are refined with vectors of half precision. What
+is missed lies in a cell that was not scanned, or its code misled: the number of cells (`nprobe`) or of refined candidates
+(`k_factor`), whichever finds more, is doubled until the recall is reached.
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ _BLOCK = 65_536  # rows of the base read at a time
 _QUERIES = 4_096  # searched at a time
 _SAME = 1e-6  # cosines closer than this are one
 _MEASURED = 1_000  # queries whose neighbours are searched exactly
-_PROBED_FIRST, _REFINED_FIRST = 4, 4  # cells; candidates by codes for each neighbour wanted
+_PROBED_FIRST, _REFINED_FIRST = 4, 2  # cells; candidates by codes for each neighbour wanted
 _REFINED_LAST = 256
-_HELPS = 0.01  # recall gained by twice the cells
 _STORED = {"SQfp16": 2, "SQ8": 1}  # bytes for each component of the refining copy
 
 
@@ -67,22 +67,28 @@ class IndexSearch:
         self.recall, self.method = 0.0, factory
 
     def reach(self, k: int, target: float, threads: int, say: Say) -> None:
-        """Scan more cells and refine more codes until the measured recall of the k nearest is `target`, or neither helps."""
+        """Scan more cells or refine more codes until the measured recall of the k nearest is `target`, or there are no more."""
         rows = _sample(len(self._base), _MEASURED, "recall")
         queries = np.asarray(self._base[rows], np.float32)
         truth, _ = exact_by_parts(self._base, queries, k, rows, threads)
-        probes, refined, before = _PROBED_FIRST, _REFINED_FIRST, -1.0
-        while True:
+
+        def measure(probes: int, refined: int) -> float:
             self._cells.nprobe, self._index.k_factor = probes, refined
             cosines, _ = self.search(queries, k, rows)
-            self.recall = float((cosines >= truth[:, -1:] - _SAME).mean())
-            self.method = f"faiss {self._factory}, nprobe {probes}, k_factor {refined}"
-            say(f"nprobe {probes}, k_factor {refined}: recall {self.recall:.3f}")
-            more_cells = probes < self._cells.nlist and self.recall >= before + _HELPS
-            if self.recall >= target or not (more_cells or refined < _REFINED_LAST):
-                return
-            probes, refined = (2 * probes, refined) if more_cells else (probes, 2 * refined)
-            before = self.recall if more_cells else -1.0
+            found = float((cosines >= truth[:, -1:] - _SAME).mean())
+            say(f"nprobe {probes}, k_factor {refined}: recall {found:.3f}")
+            return found
+
+        chosen = _PROBED_FIRST, _REFINED_FIRST
+        self.recall = measure(*chosen)
+        while self.recall < target:
+            probes, refined = chosen
+            more = [(2 * probes, refined)] * (probes < self._cells.nlist) + [(probes, 2 * refined)] * (refined < _REFINED_LAST)
+            if not more:
+                break
+            self.recall, chosen = max((measure(*each), each) for each in more)
+        self._cells.nprobe, self._index.k_factor = chosen
+        self.method = f"faiss {self._factory}, nprobe {chosen[0]}, k_factor {chosen[1]}"
 
     def search(self, queries: Vectors, k: int, own: Ints | None = None) -> tuple[Floats, Ints]:
         """Cosines (q, k) and rows (q, k), nearest first, ties by row; see `neighbors.Search`."""
@@ -117,13 +123,11 @@ def exact_by_parts(base: Vectors, queries: Floats, k: int, own: Ints, threads: i
 
 def _factory(base: Vectors, max_memory: int) -> str:
     count, width = base.shape
-    if width % 2:
-        raise ValueError(f"an index needs an even number of dimensions, not {width}; set density.search to exact")
     cells = int(2 ** np.clip(round(np.log2(4 * np.sqrt(count))), 2, 16))
-    sizes = {kind: count * (width // 4 + bytes_each * width + 8) for kind, bytes_each in _STORED.items()}
+    sizes = {kind: count * (-(-width // 2) + bytes_each * width + 8) for kind, bytes_each in _STORED.items()}
     for kind, size in sizes.items():
         if size <= max_memory:
-            return f"IVF{cells},PQ{width // 2}x4fs,Refine({kind})"
+            return f"IVF{cells},PQ{width}x4fsr,Refine({kind})"
     raise ValueError(
         f"an index of {count:,} vectors needs {min(sizes.values()) / 2**30:.1f} GiB; "
         f"raise compute.max_memory_gib from {max_memory / 2**30:.1f}"
