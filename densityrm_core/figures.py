@@ -45,8 +45,13 @@ def style(ax: Axes) -> Axes:
     return ax
 
 
-def png(figure: Figure) -> bytes:
-    """PNG bytes, the same for the same figure."""
+def png(figure: Figure, colors: int | None = None) -> bytes:
+    """PNG bytes, the same for the same figure; `colors` limits the palette, for figures of many dots."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+    if colors:
+        from PIL import Image
+
+        picture, buffer = Image.open(buffer).convert("RGB").quantize(colors, dither=Image.Dither.NONE), io.BytesIO()
+        picture.save(buffer, format="png", optimize=True)
     return buffer.getvalue()

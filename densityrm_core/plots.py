@@ -44,7 +44,7 @@ def lorenz_curve(weights: pl.DataFrame) -> bytes:
         return nothing("Share of the draws")
     prompts, draws = np.linspace(0, 1, len(w) + 1), np.concatenate([[0], np.cumsum(w) / w.sum()])
     top, ess = 1 - np.interp(0.9, prompts, draws), w.sum() ** 2 / (len(w) * (w**2).sum())
-    figure, ax = titled(f"The heaviest tenth of the prompts gets {top:.0%} of the draws; effective sample fraction {ess:.2f}")
+    figure, ax = titled(f"The heaviest tenth of the prompts gets {top:.0%} of the draws, ESS/n = {ess:.2f}")
     shown = np.unique(np.linspace(0, len(w), 1000).astype(int))
     ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="uniform sampling")
     ax.plot(100 * prompts[shown], 100 * draws[shown], color=BLUE, linewidth=2, label="by 1/density")

@@ -20,7 +20,8 @@ _COMPONENTS = 50  # that t-SNE is given: what is left out is noise, and it is si
 _FEWEST = 50  # prompts worth a t-SNE; fewer are laid out by their two main components
 _PERPLEXITY = 30
 _TEXT = 120  # characters shown of a prompt
-_COLORS = "viridis_r"  # commonest dark; even in lightness, and told apart with any colour vision
+_COLORS = "viridis"  # rarest dark; even in lightness, and told apart with any colour vision
+_SHADES = 96  # a palette: thousands of dots compress badly otherwise
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,22 @@ def map_png(found: PromptMap, weights: pl.DataFrame) -> bytes:
     rare = (shown["decile"] == 1).to_numpy()
     figure, ax = titled(f"{_spread(found.xy, rare)}\n{len(found.rows):,} training prompts, colour by density")
     order = np.argsort(-log_rho, kind="stable")  # rare ones on top
+    low, high = np.quantile(log_rho, (0.02, 0.98))  # a few copies would take all the colours
     dots = ax.scatter(
-        *found.xy[order].T, c=log_rho[order], s=max(1.0, 4000 / len(order)), cmap=_COLORS, rasterized=True, linewidths=0
+        *found.xy[order].T,
+        c=log_rho[order],
+        s=np.clip(30_000 / len(order), 2, 20),
+        cmap=_COLORS,
+        linewidths=0,
+        vmin=low,
+        vmax=high,
     )
     ax.set_xticks([])
     ax.set_yticks([])
     ax.set_xlabel("t-SNE of the prompts' vectors: only neighbourhoods mean something, not distances", color=GREY)
     ax.grid(visible=False)
-    ax.figure.colorbar(dots, ax=ax, label="log density (low: rare)")
-    return png(figure)
+    ax.figure.colorbar(dots, ax=ax, label="log density (low: rare)", extend="both")
+    return png(figure, _SHADES)
 
 
 def map_html(found: PromptMap, weights: pl.DataFrame, texts: list[str]) -> str:
@@ -84,7 +92,7 @@ def map_html(found: PromptMap, weights: pl.DataFrame, texts: list[str]) -> str:
             texts, shown["decile"], shown["density"], shown["weight"].fill_null(0), strict=True
         )
     ]
-    marker = {"color": shown["log_density"].to_list(), "colorscale": "Viridis_r", "size": 5, "colorbar": {"title": "log density"}}
+    marker = {"color": shown["log_density"].to_list(), "colorscale": "Viridis", "size": 5, "colorbar": {"title": "log density"}}
     dots = go.Scattergl(
         x=found.xy[:, 0].tolist(), y=found.xy[:, 1].tolist(), mode="markers", marker=marker, text=labels, hoverinfo="text"
     )

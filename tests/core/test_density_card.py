@@ -11,7 +11,7 @@ from densityrm_core.density import Points, Weighing, read_points, weigh_prompts
 from densityrm_core.density_card import DensityCard, density_card, find_warnings
 from densityrm_core.experiment import DensitySettings
 from densityrm_core.original import checklist, original_weights
-from densityrm_core.prompt_map import lay_out, map_html, map_png
+from densityrm_core.prompt_map import PromptMap, lay_out, map_html, map_png
 from tests.core.points import points, unit, vmf_mixture, weigh, write_tables
 
 CLUSTER, LONERS = 400, 12
@@ -145,6 +145,12 @@ def test_a_map_is_the_same_twice_keeps_neighbours_together_and_is_sampled():
     assert np.array_equal(found.xy, again.xy)
     nearest = NearestNeighbors(n_neighbors=2).fit(found.xy).kneighbors(found.xy, return_distance=False)[:, 1]
     assert (found.rows[nearest] // 75 == found.rows // 75).mean() > 0.98
+
+
+def test_a_map_of_thousands_is_a_small_picture():
+    xy = np.random.default_rng(0).normal(size=(20_000, 2)).astype(np.float32)
+    weights = pl.DataFrame({"log_density": xy[:, 0], "decile": [1, 2] * 10_000})
+    assert len(map_png(PromptMap(np.arange(20_000), xy), weights)) < 100 * 1024
 
 
 def test_the_page_needs_no_network_and_runs_nothing_of_a_prompt():
