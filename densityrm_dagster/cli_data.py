@@ -42,8 +42,11 @@ def explain(prompt: Annotated[str, typer.Argument(help="id of a prompt, or a tex
     """Show why a prompt weighs what it weighs: its neighbours, distances, density, decile, and how often it is drawn."""
     with _one_line_errors():
         from densityrm_core.explain import explain, explanation_text
+        from densityrm_dagster.tracking import set_up_torch
 
-        text = explanation_text(explain(prompt, _tables(), load_experiment()), min(shutil.get_terminal_size().columns, 140))
+        experiment = load_experiment()
+        set_up_torch(experiment.compute)
+        text = explanation_text(explain(prompt, _tables(), experiment), min(shutil.get_terminal_size().columns, 140))
     print(text)
 
 
