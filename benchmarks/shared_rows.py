@@ -35,7 +35,7 @@ def main() -> None:
         model, codec = new_reward_model(Path(folder, "base"), seed=0), load_codec(Path(folder, "base"))
     batch = tokenize_pairs(raw.head(PAIRS), codec)
     ways: dict[str, Callable[[], torch.Tensor]] = {
-        "shared": lambda: _shared(model, batch, codec.pad),
+        "shared": lambda: _shared(model, batch),
         "padded": lambda: _padded(model, batch, codec.pad),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -55,8 +55,8 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _shared(model: torch.nn.Module, batch: list[PreferenceTokens], pad: int) -> torch.Tensor:
-    scores = rewards(model, pack([(pair.prompt, [pair.chosen, pair.rejected]) for pair in batch], pad)).view(-1, 2)
+def _shared(model: torch.nn.Module, batch: list[PreferenceTokens]) -> torch.Tensor:
+    scores = rewards(model, pack([(pair.prompt, [pair.chosen, pair.rejected]) for pair in batch])).view(-1, 2)
     return bradley_terry_loss(scores[:, 0], scores[:, 1])
 
 

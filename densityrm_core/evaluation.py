@@ -34,9 +34,8 @@ def evaluate_reward_model(folder: Path, test: pl.DataFrame, strata: pl.DataFrame
         strata: tables.PAIR_WEIGHTS.
     """
     codec = load_codec(folder)
-    scored = score_pairs(load_reward_model(folder, device), tokenize_pairs(test, codec), codec.pad)
-    chosen = torch.cat([c for c, _ in scored]).double().numpy()
-    rejected = torch.cat([r for _, r in scored]).double().numpy()
+    scored = score_pairs(load_reward_model(folder, device), tokenize_pairs(test, codec))
+    chosen, rejected = (part.double().numpy() for part in scored)
     length = pl.col("chosen").str.len_chars().cast(pl.Int64) - pl.col("rejected").str.len_chars().cast(pl.Int64)
     return (
         test.join(strata.select("pair_id", "decile", "quartile"), on="pair_id", how="left", maintain_order="left")
@@ -109,9 +108,7 @@ def evaluate_policy(policy: Path, own: OwnReward | None, exam: PolicyExam) -> pl
         size = len(groups[0])
         text = [codec.text(reply) for group in groups for reply in group]
         repeated = [context for context in contexts for _ in range(size)]
-        own_reward = (
-            own.scale.standardise(score_groups(reward_model, prompts, groups, codec.pad)).tolist() if own else [None] * len(text)
-        )
+        own_reward = own.scale.standardise(score_groups(reward_model, prompts, groups)).tolist() if own else [None] * len(text)
         frames.append(
             asked.select(pl.all().exclude("context").repeat_by(size).explode()).with_columns(
                 pl.Series("sample", list(range(size)) * len(prompts), pl.Int64),
@@ -144,6 +141,6 @@ def _replies(model: Any, prompts: list[list[int]], codec: Codec, exam: PolicyExa
 def _divergence(
     model: Any, base: Any, prompts: Sequence[list[int]], groups: Sequence[list[list[int]]], codec: Codec, temperature: float
 ) -> list[float]:
-    batch = pack(list(zip(prompts, groups, strict=True)), codec.pad, model.device)
+    batch = pack(list(zip(prompts, groups, strict=True)), model.device)
     gap = log_probs(model, batch, temperature) - log_probs(base, batch, temperature)
     return torch.zeros(len(batch.ends), device=gap.device).index_add_(0, batch.branch, gap).tolist()

@@ -83,8 +83,8 @@ def train_policy(
             stream_seed(seed, "grpo", "rollout", step),
             settings.temperature,
         )
-        reward = scale.standardise(score_groups(judge, chosen, groups, codec.pad))
-        batch = pack(list(zip(chosen, groups, strict=True)), codec.pad, policy.device)
+        reward = scale.standardise(score_groups(judge, chosen, groups))
+        batch = pack(list(zip(chosen, groups, strict=True)), policy.device)
         with torch.no_grad():
             reference_log_probs = log_probs(reference, batch, settings.temperature)
         policy.train()
@@ -147,7 +147,7 @@ def reward_scale(
     chosen = contexts[:_SCALE_PROMPTS]
     seed = stream_seed(seed, "grpo", "scale")
     groups = sample_completions(base, chosen, codec, _SCALE_SAMPLES, settings.max_new_tokens, seed, settings.temperature)
-    rewards = score_groups(reward_model, chosen, groups, codec.pad)
+    rewards = score_groups(reward_model, chosen, groups)
     return RewardScale(rewards.mean().item(), max(rewards.std().item(), 1e-6))
 
 

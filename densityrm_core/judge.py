@@ -51,6 +51,6 @@ def _model_judge(model: Any, folder: Path) -> Judge:
     def judge(contexts: Sequence[Context], replies: Sequence[str]) -> list[float]:
         prompts = [codec.prompt(context) for context in contexts]
         with torch.no_grad():
-            return score_groups(model, prompts, [[codec.reply(reply)] for reply in replies], codec.pad).tolist()
+            return score_groups(model, prompts, [[codec.reply(reply)] for reply in replies]).tolist()
 
     return judge

@@ -1,7 +1,8 @@
-"""Packed rows: a prompt once, its branches (chosen and rejected, or a group of completions) behind it.
+"""Packed rows: a prompt once, its branches (chosen and rejected, or a group of completions) behind it, no padding anywhere.
 
 A branch sees the prompt and itself, never its siblings, and its positions go on from the end of the prompt, so every branch is
-computed exactly as if it stood alone behind its prompt, while the prompt is computed once.
+computed exactly as if it stood alone behind its prompt, while the prompt is computed once. Models whose attention cannot be
+steered so are computed on padded rows, one for each branch, with the same results.
 """
 
 from __future__ import annotations
@@ -9,68 +10,83 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from densityrm_core.attention import Layout, lay_out, packed_attention
+
 Ids = Sequence[int]
+Group = tuple[Ids, Sequence[Ids]]
+
+_PROBE: list[Group] = [([3, 1, 2], [[2, 3], [1]]), ([1], [[3, 2, 1], [2, 2]])]
+_PROBE_ERROR = 1e-3  # of the largest hidden state
+_refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch of B rows, T tokens wide. Flat positions index the row-major (B * T) token grid."""
+    """A batch of T tokens in one row."""
 
-    ids: Tensor  # (B, T) int64
-    positions: Tensor  # (B, T) int64
-    mask: Tensor  # (B, 1, T, T) float32, 0 where a token may look and -inf elsewhere
-    ends: Tensor  # (branches,) flat position of the last token of every branch
-    sources: Tensor  # (tokens,) flat position whose output predicts each branch token
+    groups: Sequence[Group]
+    ids: Tensor  # (1, T) int64
+    positions: Tensor  # (1, T) int64
+    layout: Layout
+    ends: Tensor  # (branches,) position in the row of the last token of every branch
+    sources: Tensor  # (tokens,) position whose output predicts each branch token
     targets: Tensor  # (tokens,) the branch tokens
     branch: Tensor  # (tokens,) number of the branch each target belongs to
 
 
-def pack(groups: Sequence[tuple[Ids, Sequence[Ids]]], pad: int, device: torch.device | str = "cpu") -> Packed:
-    """Rows of (prompt ids, branches), in order; neither the prompt nor a branch may be empty."""
-    width = max(len(prompt) + sum(map(len, branches)) for prompt, branches in groups)
-    ids = torch.full((len(groups), width), pad)
-    positions = torch.zeros(len(groups), width, dtype=torch.long)
-    allowed = torch.eye(width, dtype=torch.bool).repeat(len(groups), 1, 1)  # padding sees itself: no softmax is empty
+def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Packed:
+    """One row of (prompt ids, branches), in order; neither a prompt nor a branch may be empty."""
+    ids: list[int] = []
+    positions: list[int] = []
     ends: list[int] = []
     sources: list[int] = []
     targets: list[int] = []
     branch: list[int] = []
-    for row, (prompt, branches) in enumerate(groups):
-        p = len(prompt)
-        ids[row, :p] = torch.tensor(prompt)
-        positions[row, :p] = torch.arange(p)
-        allowed[row, :p, :p] = torch.ones(p, p, dtype=torch.bool).tril()
-        start = p
+    for prompt, branches in groups:
+        ids += prompt
+        positions += range(len(prompt))
+        last = len(ids) - 1
         for tokens in branches:
-            end = start + len(tokens)
-            ids[row, start:end] = torch.tensor(tokens)
-            positions[row, start:end] = torch.arange(p, p + len(tokens))
-            allowed[row, start:end, :p] = True
-            allowed[row, start:end, start:end] = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
-            sources += [row * width + p - 1, *range(row * width + start, row * width + end - 1)]
+            start = len(ids)
+            ids += tokens
+            positions += range(len(prompt), len(prompt) + len(tokens))
+            sources += [last, *range(start, len(ids) - 1)]
             targets += tokens
             branch += [len(ends)] * len(tokens)
-            ends.append(row * width + end - 1)
-            start = end
-    mask = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))[:, None]
-    lists = (torch.tensor(x, device=device) for x in (ends, sources, targets, branch))
-    return Packed(ids.to(device), positions.to(device), mask.to(device), *lists)
+            ends.append(len(ids) - 1)
+    layout = lay_out([(len(prompt), [len(tokens) for tokens in branches]) for prompt, branches in groups], device)
+    row, at, *lists = (torch.tensor(x, device=device) for x in (ids, positions, ends, sources, targets, branch))
+    return Packed(groups, row[None], at[None], layout, *lists)
+
+
+def tokens_of(group: Group) -> int:
+    """Tokens that a group takes in a row."""
+    prompt, branches = group
+    return len(prompt) + sum(map(len, branches))
+
+
+def split_by_tokens(groups: Sequence[Group], most: int) -> list[Sequence[int]]:
+    """Numbers of the groups, in order, in parts of at most `most` tokens; a larger group is a part of its own."""
+    parts: list[list[int]] = []
+    room = 0
+    for number, group in enumerate(groups):
+        size = tokens_of(group)
+        if not parts or size > room:
+            parts.append([])
+            room = most
+        parts[-1].append(number)
+        room -= size
+    return list(parts)
 
 
 def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
-    """Last hidden states of an unmodified Hugging Face decoder, (B * T, hidden)."""
-    backbone: Any = getattr(model, str(model.base_model_prefix))
-    output = backbone(
-        input_ids=batch.ids,
-        attention_mask=batch.mask.to(next(model.parameters()).dtype),
-        position_ids=batch.positions,
-        use_cache=False,
-    )
-    return output.last_hidden_state.flatten(0, 1)
+    """Last hidden states of an unmodified Hugging Face decoder, (T, hidden)."""
+    return _padded(model, batch) if why_padded(model) else _packed(model, batch)
 
 
 def rewards(model: Any, batch: Packed) -> Tensor:
@@ -80,5 +96,64 @@ def rewards(model: Any, batch: Packed) -> Tensor:
 
 def log_probs(model: Any, batch: Packed, temperature: float = 1.0) -> Tensor:
     """Log-probability of every branch token given what stands before it, (tokens,), float32, in nats."""
-    logits = model.get_output_embeddings()(hidden_states(model, batch)[batch.sources]).float() / temperature
-    return -nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+    logits = model.get_output_embeddings()(hidden_states(model, batch)[batch.sources]).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return -nn.functional.cross_entropy(logits / temperature, batch.targets, reduction="none")
+
+
+def why_padded(model: nn.Module) -> str:
+    """Why this model is computed on padded rows; empty if it takes packed ones. Found once, on a few tokens."""
+    if model not in _refused:
+        _refused[model] = _probe(model)
+    return _refused[model]
+
+
+def _probe(model: Any) -> str:
+    name = f"{model.config.model_type} models"
+    if getattr(model.config.get_text_config(), "sliding_window", None):
+        return f"{name} attend within a sliding window here"
+    training = model.training
+    batch = pack(_PROBE, model.device)
+    try:
+        with torch.no_grad():
+            padded, packed = _padded(model.eval(), batch), _packed(model, batch)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        return f"{name} do not take packed rows ({type(error).__name__}: {error})"
+    finally:
+        model.train(training)
+    gap = float((padded - packed).abs().max() / padded.abs().max())
+    return "" if gap < _PROBE_ERROR else f"{name} compute packed rows otherwise than padded ones (by {gap:.1g})"
+
+
+def _backbone(model: Any) -> Any:
+    return getattr(model, str(model.base_model_prefix))
+
+
+def _packed(model: nn.Module, batch: Packed) -> Tensor:
+    backbone = _backbone(model)
+    with packed_attention(model, backbone):
+        output = backbone(input_ids=batch.ids, position_ids=batch.positions, layout=batch.layout, use_cache=False)
+    return output.last_hidden_state[0]
+
+
+def _padded(model: nn.Module, batch: Packed) -> Tensor:
+    """Every branch behind its prompt in a row of its own, filled up on the right; results in the order of the packed row."""
+    rows = [[*prompt, *tokens] for prompt, branches in batch.groups for tokens in branches]
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+    real = torch.arange(width) < torch.tensor([[len(row)] for row in rows])
+    output = _backbone(model)(
+        input_ids=ids.to(batch.ids.device), attention_mask=real.long().to(batch.ids.device), use_cache=False
+    )
+    place: list[int] = []
+    number = 0
+    for prompt, branches in batch.groups:
+        place += range(number * width, number * width + len(prompt))
+        for tokens in branches:
+            place += range(number * width + len(prompt), number * width + len(prompt) + len(tokens))
+            number += 1
+    return output.last_hidden_state.flatten(0, 1)[torch.tensor(place, device=batch.ids.device)]

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from densityrm_core.experiment import RewardModelSettings, SamplingSettings
 from densityrm_core.models import load_codec, new_reward_model
-from densityrm_core.packing import Ids, pack, rewards
+from densityrm_core.packing import Group, Ids, pack, rewards, split_by_tokens
 from densityrm_core.sampling import make_sampler
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import Codec
 from densityrm_core.training import Plan, Watch, optimize
 
 _MAX_VALIDATION_PAIRS = 512
-_ROWS_AT_A_TIME = 64
+_TOKENS_AT_A_TIME = 8192  # when scoring
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def train_reward_model(
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         batch = [train[i] for i in sampler.batch(step, settings.pairs_per_step)]
-        chosen, rejected = _forward(model, batch, codec.pad)
+        chosen, rejected = rewards(model, pack([_group(pair) for pair in batch], model.device)).view(-1, 2).unbind(1)
         loss = bradley_terry_loss(chosen, rejected) + settings.center_rewards * ((chosen + rejected) ** 2).mean()
         with torch.no_grad():
             margin = chosen - rejected
@@ -70,7 +70,8 @@ def train_reward_model(
     def after(step: int) -> dict[str, float] | None:
         if not held_out or (step % settings.evaluate_every and step != settings.steps):
             return None
-        margin = torch.cat([c - r for c, r in score_pairs(model, held_out, codec.pad)])
+        chosen, rejected = score_pairs(model, held_out)
+        margin = chosen - rejected
         loss = torch.nn.functional.softplus(-margin).mean().item()
         return {"eval/accuracy": correctness(margin).mean().item(), "eval/loss": loss, "eval/margin": margin.mean().item()}
 
@@ -113,31 +114,28 @@ def tokenize_pairs(pairs: pl.DataFrame, codec: Codec) -> list[PreferenceTokens]:
     return [PreferenceTokens(codec.prompt(x), codec.reply(c), codec.reply(r)) for x, c, r in zip(*columns, strict=True)]
 
 
-def score_pairs(model: Any, pairs: Sequence[PreferenceTokens], pad: int) -> list[tuple[Tensor, Tensor]]:
-    """Rewards of chosen and rejected, a batch at a time in order; each (batch,), float32, on the CPU."""
-    scored: list[tuple[Tensor, Tensor]] = []
-    model.eval()
-    with torch.no_grad():
-        for start in range(0, len(pairs), _ROWS_AT_A_TIME):
-            chosen, rejected = _forward(model, pairs[start : start + _ROWS_AT_A_TIME], pad)
-            scored.append((chosen.cpu(), rejected.cpu()))
-    model.train()
-    return scored
+def score_pairs(model: Any, pairs: Sequence[PreferenceTokens]) -> tuple[Tensor, Tensor]:
+    """Rewards of chosen and of rejected, in order; each (pairs,), float32, on the CPU."""
+    chosen, rejected = _score(model, [_group(pair) for pair in pairs]).view(-1, 2).unbind(1)
+    return chosen, rejected
 
 
-def score_groups(model: Any, prompts: Sequence[Ids], groups: Sequence[Sequence[Ids]], pad: int) -> Tensor:
+def score_groups(model: Any, prompts: Sequence[Ids], groups: Sequence[Sequence[Ids]]) -> Tensor:
     """Rewards of groups of replies to prompts, (sum of group sizes,), float32, on the CPU."""
+    return _score(model, list(zip(prompts, groups, strict=True)))
+
+
+def _score(model: Any, groups: list[Group]) -> Tensor:
+    training = model.training
     model.eval()
-    rows = list(zip(prompts, groups, strict=True))
     with torch.no_grad():
         parts = [
-            rewards(model, pack(rows[start : start + _ROWS_AT_A_TIME], pad, model.device)).cpu()
-            for start in range(0, len(rows), _ROWS_AT_A_TIME)
+            rewards(model, pack([groups[i] for i in part], model.device)).cpu()
+            for part in split_by_tokens(groups, _TOKENS_AT_A_TIME)
         ]
-    return torch.cat(parts)
+    model.train(training)
+    return torch.cat([torch.zeros(0), *parts])
 
 
-def _forward(model: Any, pairs: Sequence[PreferenceTokens], pad: int) -> tuple[Tensor, Tensor]:
-    batch = pack([(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs], pad, model.device)
-    chosen, rejected = rewards(model, batch).view(-1, 2).unbind(1)
-    return chosen, rejected
+def _group(pair: PreferenceTokens) -> Group:
+    return pair.prompt, [pair.chosen, pair.rejected]

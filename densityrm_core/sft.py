@@ -42,7 +42,7 @@ def _tune(model: Any, codec: Codec, rows: list[tuple[Any, str]], settings: BaseM
     sampler = SystematicSampler(np.ones(len(sequences)), len(sequences), seed=0)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        batch = pack([sequences[i] for i in sampler.batch(step, settings.batch_size)], codec.pad, model.device)
+        batch = pack([sequences[i] for i in sampler.batch(step, settings.batch_size)], model.device)
         return -log_probs(model, batch).mean(), {}
 
     plan = Plan(settings.steps, settings.batch_size, settings.learning_rate, weight_decay=0.05)

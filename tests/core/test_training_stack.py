@@ -55,7 +55,7 @@ def reward_model(base: Path, pairs: pl.DataFrame, tmp_path_factory: pytest.TempP
 def test_packed_rewards_equal_the_models_own_padded_forward(base: Path, pairs: pl.DataFrame):
     model, codec = new_reward_model(base, seed=0).eval(), load_codec(base)
     tokens = tokenize_pairs(pairs.head(12), codec)
-    packed = rewards(model, pack([(t.prompt, [t.chosen, t.rejected]) for t in tokens], codec.pad))
+    packed = rewards(model, pack([(t.prompt, [t.chosen, t.rejected]) for t in tokens]))
     rows = [t.prompt + reply for t in tokens for reply in (t.chosen, t.rejected)]
     width = max(map(len, rows))
     ids = torch.tensor([row + [codec.pad] * (width - len(row)) for row in rows])
@@ -69,7 +69,7 @@ def test_packed_gradients_equal_the_padded_computation(base: Path, pairs: pl.Dat
 
     def gradient(groups: list) -> torch.Tensor:
         model.zero_grad()
-        r = rewards(model, pack(groups, codec.pad)).view(-1, 2)
+        r = rewards(model, pack(groups)).view(-1, 2)
         bradley_terry_loss(r[:, 0], r[:, 1]).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -79,15 +79,15 @@ def test_packed_gradients_equal_the_padded_computation(base: Path, pairs: pl.Dat
 
 
 def test_changing_one_branch_leaves_its_sibling_alone(base: Path):
-    model, codec = new_reward_model(base, seed=0).eval(), load_codec(base)
-    first, second = (rewards(model, pack([([5, 6, 7], [branch, [9, 10, 11]])], codec.pad)) for branch in ([20, 21], [30]))
+    model = new_reward_model(base, seed=0).eval()
+    first, second = (rewards(model, pack([([5, 6, 7], [branch, [9, 10, 11]])])) for branch in ([20, 21], [30]))
     assert first[1].item() == pytest.approx(second[1].item(), abs=1e-6)
 
 
 def test_log_probs_equal_the_full_softmax(base: Path):
     model, codec = load_causal_lm(base).eval(), load_codec(base)
     prompt, replies = codec.prompt([{"role": "user", "content": "How?"}]), [codec.reply("Sure, water it."), codec.reply("No.")]
-    packed = log_probs(model, pack([(prompt, replies)], codec.pad))
+    packed = log_probs(model, pack([(prompt, replies)]))
     plain = []
     for reply in replies:
         logits = model(torch.tensor([prompt + reply])).logits[0].log_softmax(-1)
@@ -139,7 +139,7 @@ def test_a_long_context_keeps_its_end(base: Path):
 def test_a_trained_reward_model_loads_without_this_project_and_ranks_pairs(reward_model: Path, pairs: pl.DataFrame):
     model, codec = load_reward_model(reward_model).eval(), load_codec(reward_model)
     tokens = tokenize_pairs(pairs, codec)
-    r = rewards(model, pack([(t.prompt, [t.chosen, t.rejected]) for t in tokens], codec.pad)).view(-1, 2)
+    r = rewards(model, pack([(t.prompt, [t.chosen, t.rejected]) for t in tokens])).view(-1, 2)
     assert (r[:, 0] > r[:, 1]).float().mean() > 0.9
 
 

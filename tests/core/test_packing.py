@@ -1,0 +1,155 @@
+"""Packed rows compute what padded ones do: rewards, log-probabilities and gradients, for every kind of model we train."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    NanoChatConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from densityrm_core.attention import lay_out
+from densityrm_core.packing import hidden_states, log_probs, pack, rewards, split_by_tokens, why_padded
+from densityrm_core.reward_model import bradley_terry_loss
+
+COMMON = {
+    "vocab_size": 120,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**COMMON),
+    "qwen2": Qwen2Config(**COMMON),
+    "qwen3": Qwen3Config(**COMMON, head_dim=16),
+    "gpt2": GPT2Config(vocab_size=120, n_embd=48, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, pad_token_id=0),
+    "nanochat": NanoChatConfig(**COMMON),
+}
+MODELS = pytest.mark.parametrize("name", list(CONFIGS))
+CLASSIFIERS = pytest.mark.parametrize("name", [name for name in CONFIGS if name != "nanochat"])
+
+
+def language_model(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]))
+
+
+def reward_model(name: str) -> torch.nn.Module:
+    config = copy.deepcopy(CONFIGS[name])
+    config.num_labels = 1
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def groups(count: int = 12, branches: int = 2) -> list[tuple[list[int], list[list[int]]]]:
+    """Prompts of 1 to 90 tokens, some groups larger than a span."""
+    draw = torch.Generator().manual_seed(1)
+
+    def ids(most: int) -> list[int]:
+        return torch.randint(1, 120, (int(torch.randint(1, most, (1,), generator=draw)),), generator=draw).tolist()
+
+    return [(ids(90), [ids(120) for _ in range(branches)]) for _ in range(count)]
+
+
+def rows_of(given: list) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = [prompt + branch for prompt, branches in given for branch in branches]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    return ids, (ids != 0).long()
+
+
+def gradient(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@CLASSIFIERS
+def test_loss_and_gradients_equal_the_models_own_padded_forward(name: str):
+    model, given = reward_model(name), groups()
+    assert why_padded(model) == ""
+    packed = rewards(model, pack(given)).view(-1, 2)
+    ids, mask = rows_of(given)
+    padded = model(input_ids=ids, attention_mask=mask).logits.view(-1, 2)
+    assert packed.detach().numpy() == pytest.approx(padded.detach().numpy(), abs=1e-5)
+    ours, theirs = (gradient(model, bradley_terry_loss(r[:, 0], r[:, 1])) for r in (packed, padded))
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+@MODELS
+def test_log_probs_and_gradients_equal_the_full_softmax_of_padded_rows(name: str):
+    model, given = language_model(name), groups(6, branches=3)
+    assert why_padded(model) == ""
+    packed = log_probs(model, pack(given), temperature=0.7)
+    ids, mask = rows_of(given)
+    scores = (model(input_ids=ids, attention_mask=mask).logits / 0.7).log_softmax(-1)
+    padded, row = [], 0
+    for prompt, branches in given:
+        for branch in branches:
+            padded += [scores[row, len(prompt) - 1 + i, token] for i, token in enumerate(branch)]
+            row += 1
+    plain = torch.stack(padded)
+    assert packed.detach().numpy() == pytest.approx(plain.detach().numpy(), abs=1e-5)
+    ours, theirs = gradient(model, packed.mean()), gradient(model, plain.mean())
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+@MODELS
+def test_a_branch_knows_nothing_of_its_siblings_and_neighbours(name: str):
+    model = language_model(name).eval()
+    first = log_probs(model, pack([([5, 6, 7], [[20, 21], [9, 10, 11]]), ([8], [[3]])]))
+    second = log_probs(model, pack([([8, 9], [[40]]), ([5, 6, 7], [[30], [9, 10, 11]])]))
+    assert first[2:5].detach().numpy() == pytest.approx(second[2:5].detach().numpy(), abs=1e-6)
+
+
+@CLASSIFIERS
+def test_the_order_of_pairs_in_a_batch_does_not_matter(name: str):
+    model, given = reward_model(name).eval(), groups()
+    forth, back = rewards(model, pack(given)), rewards(model, pack(given[::-1]))
+    assert forth.view(-1, 2).detach().numpy() == pytest.approx(back.view(-1, 2).flip(0).detach().numpy(), abs=1e-6)
+
+
+def test_a_model_with_sliding_windows_is_computed_on_padded_rows_and_named():
+    config = MistralConfig(**COMMON, sliding_window=16, num_labels=1)
+    torch.manual_seed(0)
+    model, given = AutoModelForSequenceClassification.from_config(config), groups()
+    assert "mistral models" in why_padded(model)
+    ids, mask = rows_of(given)
+    ours, theirs = rewards(model, pack(given)), model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+    assert ours.detach().numpy() == pytest.approx(theirs.detach().numpy(), abs=1e-5)
+
+
+def test_a_model_that_ignores_the_layout_is_found_out(monkeypatch: pytest.MonkeyPatch):
+    model = reward_model("llama")
+    whole = lambda sizes, device="cpu": lay_out([(sum(p + sum(b) for p, b in sizes), [])], device)  # noqa: E731  plain causal
+    monkeypatch.setattr("densityrm_core.packing.lay_out", whole)
+    assert "compute packed rows otherwise" in why_padded(model)
+
+
+def test_padded_rows_give_every_token_of_the_packed_row():
+    model, given = language_model("qwen3").eval(), groups(4)
+    from densityrm_core.packing import _padded
+
+    batch = pack(given)
+    assert _padded(model, batch).detach().numpy() == pytest.approx(hidden_states(model, batch).detach().numpy(), abs=1e-5)
+
+
+def test_spans_are_as_long_as_neighbouring_groups_allow():
+    layout = lay_out([(100, [50, 50]), (20, [10, 10]), (10, [1, 1]), (400, [5]), (3, [3, 3])])
+    assert layout.sizes == (200, 52, 405, 9)
+
+
+def test_parts_are_filled_in_order_and_a_large_group_stands_alone():
+    given = [([1] * n, [[1] * n]) for n in (10, 20, 100, 5, 5)]
+    assert split_by_tokens(given, 64) == [[0, 1], [2], [3, 4]]
