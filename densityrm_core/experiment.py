@@ -22,7 +22,7 @@ _NO_OUTCOME: Any = {
     "seeds": True,
     "arms": True,
     "name": True,
-    "compute": {"parsers", "search_threads"},
+    "compute": {"parsers", "search_threads", "checkpoint_every", "checkpoints_kept"},
     "density": {"map_points"},
 }
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -194,6 +194,8 @@ class ComputeSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where models run; auto takes a GPU if there is one"
     )
+    checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints of a training")
+    checkpoints_kept: int = Field(default=2, ge=1, description="checkpoints of a training that are kept, the last ones")
 
 
 class BaseModelSettings(Settings):

@@ -10,6 +10,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from densityrm_core.checkpoints import key_of
 from densityrm_core.experiment import GrpoSettings, SamplingSettings
 from densityrm_core.models import load_causal_lm, load_codec, load_reward_model, read_card
 from densityrm_core.packing import log_probs, pack
@@ -70,7 +71,7 @@ def train_policy(
     contexts = [codec.prompt(context) for context in prompts["context"].to_list()]
     scale = reward_scale(reference, judge, contexts, codec, settings, seed)
     sampler = make_sampler(prompts["weight"].to_numpy(), stream_seed(seed, "grpo", "prompts"), sampling)
-    divergence: list[float] = []
+    memory: dict[str, list[float]] = {"divergence": []}
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         chosen = [contexts[i] for i in sampler.batch(step, settings.prompts_per_step)]
@@ -92,7 +93,7 @@ def train_policy(
         advantage = group_advantages(reward.view(-1, settings.group_size)).flatten()
         loss = grpo_loss(current, reference_log_probs, advantage.to(current.device)[batch.branch], settings.kl_coefficient)
         kl = (current.detach() - reference_log_probs).sum().item() / len(reward)
-        divergence.append(kl)
+        memory["divergence"].append(kl)
         lengths = torch.bincount(batch.branch).float()
         unfinished = sum(completion[-1] != codec.eos for group in groups for completion in group) / len(reward)
         return loss / len(reward), {
@@ -104,7 +105,7 @@ def train_policy(
         }
 
     def past_budget() -> bool:
-        recent = divergence[-_KL_WINDOW:]
+        recent = memory["divergence"][-_KL_WINDOW:]
         return len(recent) == _KL_WINDOW and sum(recent) / _KL_WINDOW > settings.kl_budget
 
     plan = Plan(
@@ -116,7 +117,9 @@ def train_policy(
         settings.max_grad_norm,
         settings.log_every,
     )
-    steps = optimize(policy, plan, watch, loss_at, finished=past_budget)
+    asked = str(contexts), prompts["weight"].to_numpy().tobytes()
+    key = key_of(base, reward_model, settings.model_dump_json(), sampling.model_dump_json(), seed, *asked)
+    steps = optimize(policy, plan, watch, loss_at, finished=past_budget, checkpoints=watch.checkpoints(key), memory=memory)
     return TrainedPolicy(policy, codec, scale, steps, past_budget())
 
 

@@ -13,6 +13,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from densityrm_core.checkpoints import key_of
 from densityrm_core.experiment import RewardModelSettings, SamplingSettings
 from densityrm_core.models import load_codec, new_reward_model
 from densityrm_core.packing import Group, Ids, pack, rewards, split_by_tokens
@@ -83,7 +84,8 @@ def train_reward_model(
         settings.weight_decay,
         settings.max_grad_norm,
     )
-    optimize(model, plan, watch, loss_at, after)
+    key = key_of(base, settings.model_dump_json(), sampling.model_dump_json(), seed, str(train), str(held_out), weights.tobytes())
+    optimize(model, plan, watch, loss_at, after, checkpoints=watch.checkpoints(key))
     return model, codec
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 from torch import Tensor
 
+from densityrm_core.checkpoints import key_of
 from densityrm_core.experiment import BaseModelSettings
 from densityrm_core.models import load_causal_lm, load_tokenizer, scratch_model
 from densityrm_core.packing import log_probs, pack
@@ -46,4 +47,5 @@ def _tune(model: Any, codec: Codec, rows: list[tuple[Any, str]], settings: BaseM
         return -log_probs(model, batch).mean(), {}
 
     plan = Plan(settings.steps, settings.batch_size, settings.learning_rate, weight_decay=0.05)
-    optimize(model, plan, watch, loss_at)
+    key = key_of(settings.model_dump_json(), str(sequences))
+    optimize(model, plan, watch, loss_at, checkpoints=watch.checkpoints(key))

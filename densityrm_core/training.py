@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import polars as pl
@@ -12,6 +16,7 @@ import torch
 from torch import Tensor
 
 from densityrm_core import tables
+from densityrm_core.checkpoints import Checkpoints, Progress
 
 
 class TrainingError(RuntimeError):
@@ -39,16 +44,27 @@ class Plan:
 class Watch:
     """Where a loop's metrics go: kept for the metrics table, and passed on to whoever watches.
 
-    `report(step, plan, metrics)` is called with the optimizer step (from 1), the plan and the metrics of this point.
+    `report(step, plan, metrics)` is called with the optimizer step (from 1), the plan and the metrics of this point. Where a run
+    goes on, `resumed(step, plan)` is called first, and the points of before are reported again. `checkpoints(key)` gives the
+    place of a training's checkpoints, if it has any.
     """
 
     report: Callable[[int, Plan, dict[str, float]], None] = lambda step, plan, metrics: None
+    resumed: Callable[[int, Plan], None] = lambda step, plan: None
     should_stop: Callable[[], bool] = lambda: False
+    checkpoints: Callable[[str], Checkpoints | None] = lambda key: None
     points: list[tuple[int, dict[str, float]]] = field(default_factory=list[tuple[int, dict[str, float]]])
 
     def record(self, step: int, plan: Plan, metrics: dict[str, float]) -> None:
         self.points.append((step * plan.units, metrics))
         self.report(step, plan, metrics)
+
+    def resume(self, progress: Progress, plan: Plan) -> None:
+        """Take over the points of a run that goes on."""
+        self.points[:] = progress.points
+        self.resumed(progress.step, plan)
+        for at, metrics in self.points:
+            self.report(at // plan.units, plan, metrics)
 
     def frame(self) -> pl.DataFrame:
         """All points so far, per tables.METRICS."""
@@ -67,6 +83,8 @@ def optimize(
     loss_at: Callable[[int], tuple[Tensor, dict[str, float]]],
     after: Callable[[int], dict[str, float] | None] = lambda step: None,
     finished: Callable[[], bool] = lambda: False,
+    checkpoints: Checkpoints | None = None,
+    memory: dict[str, list[float]] | None = None,
 ) -> int:
     """Minimise `loss_at(step)` with AdamW, warm-up + cosine and gradient clipping; returns the steps taken.
 
@@ -75,39 +93,84 @@ def optimize(
         loss_at: step (from 0) -> scalar loss and the metrics of the step, averaged over `plan.log_every` steps when recorded.
         after: step (from 1) -> further metrics to record at this point, or None.
         finished: true ends the loop early, as a success.
+        checkpoints: where to go on from, and to save to every so many steps and when stopped.
+        memory: what `loss_at` and `finished` remember from step to step; restored in place.
 
     Raises:
         TrainingError: the loss is not finite.
-        TrainingStoppedError: `watch.should_stop()` said so.
+        TrainingStoppedError: `watch.should_stop()` said so, or the process was told to end.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True
     )
+    memory = {} if memory is None else memory
+    progress = checkpoints.restore(model, optimizer) if checkpoints else Progress()
+    memory.update(progress.memory)
+    if progress.step:
+        watch.resume(progress, plan)
+    progress.points, progress.memory = watch.points, memory
     model.train()
-    recent: list[dict[str, float]] = []
-    for step in range(plan.steps):
-        if watch.should_stop():
-            raise TrainingStoppedError(f"stopped before step {step + 1} of {plan.steps}")
-        rate = learning_rate_at(step, plan)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss, metrics = loss_at(step)
-        if not math.isfinite(loss.item()):
-            raise TrainingError(f"the loss is {loss.item()} at step {step + 1} of {plan.steps}; lower the learning rate")
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        recent.append({"train/loss": loss.item(), **metrics, "train/grad_norm": norm.item()})
-        further = after(step + 1) or {}
-        done = step + 1 == plan.steps or finished()
-        if further or done or (step + 1) % plan.log_every == 0:
-            means = {name: sum(m[name] for m in recent) / len(recent) for name in recent[0]}
-            watch.record(step + 1, plan, {**means, **further, "train/learning_rate": rate})
-            recent = []
-        if done:
-            return step + 1
+    with _told_to_end() as told:
+        for step in range(progress.step, plan.steps):
+            if told() or watch.should_stop():
+                if checkpoints:
+                    checkpoints.save(progress, model, optimizer)
+                raise TrainingStoppedError(f"stopped before step {step + 1} of {plan.steps}")
+            rate = _step(model, optimizer, plan, step, loss_at, progress)
+            further = after(step + 1) or {}
+            done = step + 1 == plan.steps or finished()
+            if further or done or (step + 1) % plan.log_every == 0:
+                means = {name: sum(m[name] for m in progress.recent) / len(progress.recent) for name in progress.recent[0]}
+                watch.record(step + 1, plan, {**means, **further, "train/learning_rate": rate})
+                progress.recent = []
+            progress.step = step + 1
+            if done:
+                return step + 1
+            if checkpoints and (step + 1) % checkpoints.every == 0:
+                checkpoints.save(progress, model, optimizer)
     return plan.steps
+
+
+def _step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    step: int,
+    loss_at: Callable[[int], tuple[Tensor, dict[str, float]]],
+    progress: Progress,
+) -> float:
+    """One step of the optimizer; its metrics are added to the recent ones. Returns the learning rate."""
+    rate = learning_rate_at(step, plan)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss, metrics = loss_at(step)
+    if not math.isfinite(loss.item()):
+        raise TrainingError(f"the loss is {loss.item()} at step {step + 1} of {plan.steps}; lower the learning rate")
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    progress.recent.append({"train/loss": loss.item(), **metrics, "train/grad_norm": norm.item()})
+    return rate
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Generator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came: the step is finished first. Only a process's main thread can ask."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        came.set()
+
+    former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came.is_set
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def learning_rate_at(step: int, plan: Plan) -> float:

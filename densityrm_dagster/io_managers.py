@@ -83,6 +83,10 @@ class FolderIOManager(dg.ConfigurableIOManager):
         lock(os.open(staged, os.O_RDONLY))  # left open: the folder is safe from sweeps until this process ends
         return staged
 
+    def checkpoints(self, context: dg.AssetExecutionContext) -> Path:
+        """Where a training of the asset keeps its checkpoints until its value is stored."""
+        return self._checkpoints(context.asset_key, context.partition_key if context.has_partition_key else None)
+
     def handle_output(self, context: dg.OutputContext, obj: Path) -> None:
         target = self._path(context.asset_key, context.partition_key if context.has_asset_partitions else None)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +96,10 @@ class FolderIOManager(dg.ConfigurableIOManager):
             target.rename(former)
         Path(obj).rename(target)
         shutil.rmtree(former, ignore_errors=True)
+        shutil.rmtree(
+            self._checkpoints(context.asset_key, context.partition_key if context.has_asset_partitions else None),
+            ignore_errors=True,
+        )
         size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
         context.add_output_metadata({"path": dg.MetadataValue.path(str(target)), "size_mib": round(size / 2**20, 3)})
 
@@ -102,6 +110,9 @@ class FolderIOManager(dg.ConfigurableIOManager):
         if not target.exists():
             raise dg.Failure(_missing(target), allow_retries=False)
         return target
+
+    def _checkpoints(self, key: dg.AssetKey, partition: str | None) -> Path:
+        return Path(self.folder, ".checkpoints", *key.path, partition or "all")
 
     def _path(self, key: dg.AssetKey, partition: str | None) -> Path:
         return Path(self.folder, *key.path, *([partition] if partition is not None else []))

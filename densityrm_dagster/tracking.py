@@ -23,23 +23,33 @@ _SHOWN = {"train/loss", "train/accuracy", "eval/accuracy", "reward/mean", "kl/se
 class Training:
     """A watch for the core's loops that speaks to Dagster's log and to MLflow, and turns into a report card."""
 
-    def __init__(self, context: dg.AssetExecutionContext, mirror: MirroredRun, unit: str) -> None:
+    def __init__(
+        self, context: dg.AssetExecutionContext, mirror: MirroredRun, unit: str, checkpoints: Path, compute: ComputeSettings
+    ) -> None:
+        from densityrm_core.checkpoints import Checkpoints
         from densityrm_core.training import Watch
 
+        def keep(key: str) -> Checkpoints:
+            return Checkpoints(checkpoints, key, compute.checkpoint_every, compute.checkpoints_kept, context.log.warning)
+
         self._context, self._mirror, self._unit = context, mirror, unit
-        self._started, self._said = time.monotonic(), 0.0
-        self.watch = Watch(report=self._point)
+        self._started, self._said, self._resumed = time.monotonic(), 0.0, 0
+        self.watch = Watch(report=self._point, resumed=self._go_on, checkpoints=keep)
+
+    def _go_on(self, step: int, plan: "Plan") -> None:
+        self._resumed = step
+        self._context.log.info(f"going on after step {step} of {plan.steps}")
 
     def _point(self, step: int, plan: "Plan", metrics: dict[str, float]) -> None:
         self._mirror.log(step * plan.units, metrics)
         now = time.monotonic()
-        if now - self._said < _SAY_EVERY_S and step != plan.steps:
+        if step <= self._resumed or (now - self._said < _SAY_EVERY_S and step != plan.steps):
             return
         self._said = now
-        elapsed = now - self._started
-        left = elapsed / step * (plan.steps - step)
+        elapsed, done = now - self._started, step - self._resumed
+        left = elapsed / done * (plan.steps - step)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name in _SHOWN)
-        rate = step * plan.units / max(elapsed, 1e-9)
+        rate = done * plan.units / max(elapsed, 1e-9)
         self._context.log.info(f"{step}/{plan.steps}  {rate:,.0f} {self._unit}/s  {left:.0f} s left  {shown}")
 
     def finish(self, folder: Path, final: dict[str, float], curves: list[str]) -> dict[str, Any]:
@@ -66,14 +76,18 @@ def tracked(
     settings: Settings,
     variant: str,
     unit: str,
+    checkpoints: Path,
     **params: Any,
 ) -> Iterator[Training]:
-    """One MLflow run around one training, its parameters the settings it was given; torch set up as the experiment says."""
+    """One MLflow run around one training, its parameters the settings it was given; torch set up as the experiment says.
+
+    checkpoints: where the training goes on from if it was stopped.
+    """
     set_up_torch(experiment.compute)
     seed = context.partition_key if context.has_partition_key else "0"
     described = {"variant": variant, "seed": seed, "experiment": experiment.name, **params, **settings.model_dump(mode="json")}
     with mlflow.run(context, group, described, tags_of(experiment) | {"densityrm.variant": variant}) as mirror:
-        yield Training(context, mirror, unit)
+        yield Training(context, mirror, unit, checkpoints, experiment.compute)
 
 
 def tags_of(experiment: Experiment) -> dict[str, str]:

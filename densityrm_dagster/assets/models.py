@@ -52,7 +52,9 @@ def _base_model(experiment: Experiment) -> dg.AssetsDefinition:
         train = preference_pairs.filter(pl.col("split") == "train")
         with (
             clear_failures(),
-            tracked(context, mlflow, experiment, POLICIES, settings, "base", "sequences") as training,
+            tracked(
+                context, mlflow, experiment, POLICIES, settings, "base", "sequences", folders.checkpoints(context)
+            ) as training,
         ):
             model, codec = train_base_model(train, settings, training.watch, pick_device(experiment.compute.device))
             save_model(model, codec, folder, {"settings": settings.model_dump(mode="json")})
@@ -97,7 +99,9 @@ def _judge(experiment: Experiment) -> dg.AssetsDefinition:
         pairs = {split: preference_pairs.filter(pl.col("split") == split) for split in ("judge", "validation")}
         with (
             clear_failures(),
-            tracked(context, mlflow, experiment, REWARD_MODELS, settings, "judge", "pairs") as training,
+            tracked(
+                context, mlflow, experiment, REWARD_MODELS, settings, "judge", "pairs", folders.checkpoints(context)
+            ) as training,
         ):
             uniform, device = uniform_weights(pairs["judge"].height), pick_device(experiment.compute.device)
             model, codec = train_reward_model(

@@ -68,7 +68,9 @@ def _policy(arm: Arm, experiment: Experiment) -> dg.AssetsDefinition:
         sampling = {"reward_model": arm.reward_model, "prompts": arm.prompts}
         with (
             clear_failures(),
-            tracked(context, mlflow, experiment, POLICIES, settings, name, "completions", **sampling) as training,
+            tracked(
+                context, mlflow, experiment, POLICIES, settings, name, "completions", folders.checkpoints(context), **sampling
+            ) as training,
         ):
             device = pick_device(experiment.compute.device)
             trained = train_policy(base_model, reward_model, asked, settings, seed, training.watch, device, experiment.sampling)

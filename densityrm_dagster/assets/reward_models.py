@@ -70,7 +70,17 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
         weights = by_density if sampling == "density" else uniform_weights(train.height)
         with (
             clear_failures(),
-            tracked(context, mlflow, experiment, REWARD_MODELS, settings, name, "pairs", sampling=sampling) as training,
+            tracked(
+                context,
+                mlflow,
+                experiment,
+                REWARD_MODELS,
+                settings,
+                name,
+                "pairs",
+                folders.checkpoints(context),
+                sampling=sampling,
+            ) as training,
         ):
             device = pick_device(experiment.compute.device)
             model, codec = train_reward_model(
