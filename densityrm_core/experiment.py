@@ -215,6 +215,9 @@ class BaseModelSettings(Settings):
 class RewardModelSettings(Settings):
     steps: int = Field(default=600, ge=1, description="optimizer steps")
     pairs_per_step: int = Field(default=32, ge=1, description="preference pairs a step")
+    tokens_per_batch: int = Field(
+        default=4096, ge=64, description="tokens computed at a time; a step of more is accumulated over several batches"
+    )
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="peak learning rate of AdamW")
     warmup: Fraction = Field(default=0.05, description="share of the steps over which the learning rate rises")
     weight_decay: float = Field(default=0.05, ge=0, description="AdamW's decoupled weight decay")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from densityrm_core.rollout import sample_completions
 from densityrm_core.sampling import make_sampler
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import Codec
-from densityrm_core.training import Plan, Watch, optimize
+from densityrm_core.training import Part, Plan, Watch, optimize
 
 _SCALE_PROMPTS, _SCALE_SAMPLES = 64, 4
 _KL_WINDOW = 10
@@ -73,7 +74,7 @@ def train_policy(
     sampler = make_sampler(prompts["weight"].to_numpy(), stream_seed(seed, "grpo", "prompts"), sampling)
     memory: dict[str, list[float]] = {"divergence": []}
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+    def parts_at(step: int) -> Iterator[Part]:
         chosen = [contexts[i] for i in sampler.batch(step, settings.prompts_per_step)]
         groups = sample_completions(
             policy,
@@ -96,13 +97,16 @@ def train_policy(
         memory["divergence"].append(kl)
         lengths = torch.bincount(batch.branch).float()
         unfinished = sum(completion[-1] != codec.eos for group in groups for completion in group) / len(reward)
-        return loss / len(reward), {
-            "reward/mean": reward.mean().item(),
-            "reward/std_in_group": reward.view(-1, settings.group_size).std(1).mean().item(),
-            "kl/sequence": kl,
-            "completions/tokens": lengths.mean().item(),
-            "completions/unfinished": unfinished,
-        }
+        yield (
+            loss / len(reward),
+            {
+                "reward/mean": reward.mean().item(),
+                "reward/std_in_group": reward.view(-1, settings.group_size).std(1).mean().item(),
+                "kl/sequence": kl,
+                "completions/tokens": lengths.mean().item(),
+                "completions/unfinished": unfinished,
+            },
+        )
 
     def past_budget() -> bool:
         recent = memory["divergence"][-_KL_WINDOW:]
@@ -119,7 +123,7 @@ def train_policy(
     )
     asked = str(contexts), prompts["weight"].to_numpy().tobytes()
     key = key_of(base, reward_model, settings.model_dump_json(), sampling.model_dump_json(), seed, *asked)
-    steps = optimize(policy, plan, watch, loss_at, finished=past_budget, checkpoints=watch.checkpoints(key), memory=memory)
+    steps = optimize(policy, plan, watch, parts_at, finished=past_budget, checkpoints=watch.checkpoints(key), memory=memory)
     return TrainedPolicy(policy, codec, scale, steps, past_budget())
 
 

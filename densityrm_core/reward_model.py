@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from densityrm_core.packing import Group, Ids, pack, rewards, split_by_tokens
 from densityrm_core.sampling import make_sampler
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import Codec
-from densityrm_core.training import Plan, Watch, optimize
+from densityrm_core.training import Part, Plan, Watch, optimize
 
 _MAX_VALIDATION_PAIRS = 512
 _TOKENS_AT_A_TIME = 8192  # when scoring
@@ -60,13 +60,10 @@ def train_reward_model(
     train, held_out = tokenize_pairs(pairs, codec), tokenize_pairs(validation.head(_MAX_VALIDATION_PAIRS), codec)
     sampler = make_sampler(weights, stream_seed(seed, "reward model", "pairs"), sampling)
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        batch = [train[i] for i in sampler.batch(step, settings.pairs_per_step)]
-        chosen, rejected = rewards(model, pack([_group(pair) for pair in batch], model.device)).view(-1, 2).unbind(1)
-        loss = bradley_terry_loss(chosen, rejected) + settings.center_rewards * ((chosen + rejected) ** 2).mean()
-        with torch.no_grad():
-            margin = chosen - rejected
-            return loss, {"train/accuracy": correctness(margin).mean().item(), "train/margin": margin.mean().item()}
+    def parts_at(step: int) -> Iterator[Part]:
+        batch = [_group(train[i]) for i in sampler.batch(step, settings.pairs_per_step)]
+        for part in split_by_tokens(batch, settings.tokens_per_batch):
+            yield _loss(model, [batch[i] for i in part], settings)
 
     def after(step: int) -> dict[str, float] | None:
         if not held_out or (step % settings.evaluate_every and step != settings.steps):
@@ -85,8 +82,18 @@ def train_reward_model(
         settings.max_grad_norm,
     )
     key = key_of(base, settings.model_dump_json(), sampling.model_dump_json(), seed, str(train), str(held_out), weights.tobytes())
-    optimize(model, plan, watch, loss_at, after, checkpoints=watch.checkpoints(key))
+    optimize(model, plan, watch, parts_at, after, checkpoints=watch.checkpoints(key))
     return model, codec
+
+
+def _loss(model: Any, pairs: Sequence[Group], settings: RewardModelSettings) -> Part:
+    """What these pairs add to the mean over the step's pairs."""
+    chosen, rejected = rewards(model, pack(pairs, model.device)).view(-1, 2).unbind(1)
+    margin = (chosen - rejected).detach()
+    loss = bradley_terry_loss(chosen, rejected) + settings.center_rewards * ((chosen + rejected) ** 2).mean()
+    share = len(pairs) / settings.pairs_per_step
+    metrics = {"train/accuracy": correctness(margin).mean().item(), "train/margin": margin.mean().item()}
+    return share * loss, {name: share * value for name, value in metrics.items()}
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:

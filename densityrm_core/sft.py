@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import polars as pl
-from torch import Tensor
 
 from densityrm_core.checkpoints import key_of
 from densityrm_core.experiment import BaseModelSettings
@@ -14,7 +14,7 @@ from densityrm_core.models import load_causal_lm, load_tokenizer, scratch_model
 from densityrm_core.packing import log_probs, pack
 from densityrm_core.sampling import SystematicSampler
 from densityrm_core.tokens import Codec
-from densityrm_core.training import Plan, Watch, optimize
+from densityrm_core.training import Part, Plan, Watch, optimize
 
 
 def train_base_model(pairs: pl.DataFrame, settings: BaseModelSettings, watch: Watch, device: str = "cpu") -> tuple[Any, Codec]:
@@ -42,10 +42,10 @@ def _tune(model: Any, codec: Codec, rows: list[tuple[Any, str]], settings: BaseM
     sequences = [(codec.prompt(context), [codec.reply(chosen)]) for context, chosen in rows]
     sampler = SystematicSampler(np.ones(len(sequences)), len(sequences), seed=0)
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+    def parts_at(step: int) -> Iterator[Part]:
         batch = pack([sequences[i] for i in sampler.batch(step, settings.batch_size)], model.device)
-        return -log_probs(model, batch).mean(), {}
+        yield -log_probs(model, batch).mean(), {}
 
     plan = Plan(settings.steps, settings.batch_size, settings.learning_rate, weight_decay=0.05)
     key = key_of(settings.model_dump_json(), str(sequences))
-    optimize(model, plan, watch, loss_at, checkpoints=watch.checkpoints(key))
+    optimize(model, plan, watch, parts_at, checkpoints=watch.checkpoints(key))

@@ -6,7 +6,8 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Callable, Generator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from densityrm_core import tables
 from densityrm_core.checkpoints import Checkpoints, Progress
+
+Part = tuple[Tensor, dict[str, float]]  # scalar loss, metrics
 
 
 class TrainingError(RuntimeError):
@@ -80,21 +83,22 @@ def optimize(
     model: Any,
     plan: Plan,
     watch: Watch,
-    loss_at: Callable[[int], tuple[Tensor, dict[str, float]]],
+    parts_at: Callable[[int], Iterable[Part]],
     after: Callable[[int], dict[str, float] | None] = lambda step: None,
     finished: Callable[[], bool] = lambda: False,
     checkpoints: Checkpoints | None = None,
     memory: dict[str, list[float]] | None = None,
 ) -> int:
-    """Minimise `loss_at(step)` with AdamW, warm-up + cosine and gradient clipping; returns the steps taken.
+    """Minimise the sum of `parts_at(step)` with AdamW, warm-up + cosine and gradient clipping; returns the steps taken.
 
     Args:
         model: what is trained, in train mode afterwards.
-        loss_at: step (from 0) -> scalar loss and the metrics of the step, averaged over `plan.log_every` steps when recorded.
+        parts_at: step (from 0) -> parts of the step's loss, one after the other, so that only one is in memory. The parts' losses
+            and metrics are summed; metrics are averaged over `plan.log_every` steps when recorded.
         after: step (from 1) -> further metrics to record at this point, or None.
         finished: true ends the loop early, as a success.
         checkpoints: where to go on from, and to save to every so many steps and when stopped.
-        memory: what `loss_at` and `finished` remember from step to step; restored in place.
+        memory: what `parts_at` and `finished` remember from step to step; restored in place.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -116,7 +120,7 @@ def optimize(
                 if checkpoints:
                     checkpoints.save(progress, model, optimizer)
                 raise TrainingStoppedError(f"stopped before step {step + 1} of {plan.steps}")
-            rate = _step(model, optimizer, plan, step, loss_at, progress)
+            rate = _step(model, optimizer, plan, step, parts_at(step), progress)
             further = after(step + 1) or {}
             done = step + 1 == plan.steps or finished()
             if further or done or (step + 1) % plan.log_every == 0:
@@ -136,21 +140,23 @@ def _step(
     optimizer: torch.optim.Optimizer,
     plan: Plan,
     step: int,
-    loss_at: Callable[[int], tuple[Tensor, dict[str, float]]],
+    parts: Iterable[Part],
     progress: Progress,
 ) -> float:
     """One step of the optimizer; its metrics are added to the recent ones. Returns the learning rate."""
     rate = learning_rate_at(step, plan)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss, metrics = loss_at(step)
-    if not math.isfinite(loss.item()):
-        raise TrainingError(f"the loss is {loss.item()} at step {step + 1} of {plan.steps}; lower the learning rate")
-    loss.backward()
+    summed: Counter[str] = Counter()
+    for loss, metrics in parts:
+        if not math.isfinite(loss.item()):
+            raise TrainingError(f"the loss is {loss.item()} at step {step + 1} of {plan.steps}; lower the learning rate")
+        loss.backward()
+        summed.update({"train/loss": loss.item(), **metrics})
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    progress.recent.append({"train/loss": loss.item(), **metrics, "train/grad_norm": norm.item()})
+    progress.recent.append({**summed, "train/grad_norm": norm.item()})
     return rate
 
 

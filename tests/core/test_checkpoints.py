@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.killed_training import kill_and_resume
 from densityrm_core.checkpoints import Checkpoints
 from densityrm_core.training import Plan, TrainingError, TrainingStoppedError, Watch, optimize
 
@@ -21,15 +22,15 @@ def train(checkpoints: Checkpoints | None = None, stop_at: int = -1, broken_at: 
     model, watch, memory, seen = torch.nn.Linear(6, 1), Watch(), {"losses": list[float]()}, []
     watch.should_stop = lambda: len(seen) == stop_at
 
-    def loss_at(step: int):
+    def parts_at(step: int):
         seen.append(step)
         time.sleep(pause)
         x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step)) + 0.1 * torch.randn(8, 6)
         loss = ((model(x)[:, 0] - x.sum(1)) ** 2).mean() * (float("nan") if step == broken_at else 1)
         memory["losses"].append(loss.item())
-        return loss, {"remembered": float(sum(memory["losses"]))}
+        return [(loss, {"remembered": float(sum(memory["losses"]))})]
 
-    optimize(model, PLAN, watch, loss_at, checkpoints=checkpoints, memory=memory)
+    optimize(model, PLAN, watch, parts_at, checkpoints=checkpoints, memory=memory)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), watch.frame()
 
 
@@ -64,13 +65,13 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path):
 def test_a_run_told_to_end_saves_first(tmp_path: Path):
     model = torch.nn.Linear(1, 1)
 
-    def loss_at(step: int):
+    def parts_at(step: int):
         if step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return (model.weight**2).sum(), {}
+        return [((model.weight**2).sum(), {})]
 
     with pytest.raises(TrainingStoppedError, match="before step 8"):
-        optimize(model, PLAN, Watch(), loss_at, checkpoints=Checkpoints(tmp_path, "key"))
+        optimize(model, PLAN, Watch(), parts_at, checkpoints=Checkpoints(tmp_path, "key"))
     assert [folder.name for folder in tmp_path.rglob("step-*")] == ["step-00000007"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -109,3 +110,9 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path: Path, monkeyp
     assert_same(train(Checkpoints(tmp_path, "key", every=5, say=said.append)), train())
     assert "No space left on device; training goes on" in said[0]
     assert sorted(folder.name for folder in (tmp_path / "key").iterdir()) == ["step-00000005", "step-00000007"]
+
+
+def test_a_reward_model_killed_twice_is_the_one_that_was_not(tmp_path: Path):
+    found = kill_and_resume(tmp_path, kills=2, steps=60, seed=1)
+    assert found["resumed"] >= 1
+    assert found["identical"]

@@ -218,18 +218,18 @@ def test_a_tie_counts_half():
 def test_a_loss_that_is_not_finite_names_its_step():
     model = torch.nn.Linear(1, 1)
     with pytest.raises(TrainingError, match="step 3 of 5"):
-        optimize(model, Plan(5, 1, 1e-3), Watch(), lambda step: (model.weight.sum() / (0.0 if step == 2 else 1.0), {}))
+        optimize(model, Plan(5, 1, 1e-3), Watch(), lambda step: [(model.weight.sum() / (0.0 if step == 2 else 1.0), {})])
 
 
 def test_a_run_asked_to_stop_stops_before_its_next_step():
     model, steps = torch.nn.Linear(1, 1), []
 
-    def loss_at(step: int):
+    def parts_at(step: int):
         steps.append(step)
-        return model.weight.sum() ** 2, {}
+        return [(model.weight.sum() ** 2, {})]
 
     with pytest.raises(TrainingStoppedError):
-        optimize(model, Plan(9, 1, 1e-3), Watch(should_stop=lambda: len(steps) == 4), loss_at)
+        optimize(model, Plan(9, 1, 1e-3), Watch(should_stop=lambda: len(steps) == 4), parts_at)
     assert steps == [0, 1, 2, 3]
 
 
@@ -239,3 +239,15 @@ def test_the_learning_rate_warms_up_and_falls_to_nearly_zero():
     assert rates[0] == pytest.approx(0.1, rel=0.01)
     assert max(rates) == pytest.approx(rates[9], abs=0.02)
     assert rates[-1] < 0.001
+
+
+def test_a_step_in_parts_is_the_step_as_a_whole(base: Path, pairs: pl.DataFrame):
+    def trained(tokens: int) -> tuple[torch.Tensor, pl.DataFrame]:
+        settings = RewardModelSettings(steps=3, pairs_per_step=16, tokens_per_batch=tokens, learning_rate=1e-3, evaluate_every=3)
+        watch = Watch()
+        model, _ = train_reward_model(base, pairs.head(40), np.ones(40), pairs.head(8), settings, 0, watch)
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), watch.frame()
+
+    (whole, metrics), (parts, others) = trained(100_000), trained(100)
+    assert (whole - parts).abs().max() < 1e-4
+    assert others["value"].to_numpy() == pytest.approx(metrics["value"].to_numpy(), abs=1e-4)

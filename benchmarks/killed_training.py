@@ -1,0 +1,108 @@
+"""A reward model's training, killed again and again at random moments, ends in the bits of one that was left alone.
+
+A small model is trained on planted pairs in a process of its own, which is killed with SIGKILL after a random time and started
+again until all kills are spent and it ends. Keys: `kills`, `landed` (kills that met a running training), `resumed` (starts that
+went on from a checkpoint), `identical` (weights and metrics, byte for byte).
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+
+from densityrm_core.checkpoints import Checkpoints
+from densityrm_core.experiment import BaseModelSettings, Experiment, RewardModelSettings
+from densityrm_core.models import save_model
+from densityrm_core.reward_model import train_reward_model
+from densityrm_core.sft import train_base_model
+from densityrm_core.sources import Folders, read_source
+from densityrm_core.training import Watch
+
+_LONGEST = 6.0  # seconds from the first step to a kill
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--kills", type=int, default=10)
+    arguments.add_argument("--steps", type=int, default=120)
+    arguments.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    options = arguments.parse_args()
+    with tempfile.TemporaryDirectory(prefix="killed_training.") as folder:
+        found = kill_and_resume(Path(folder), options.kills, options.steps, options.seed)
+    print(json.dumps(found))
+
+
+def kill_and_resume(folder: Path, kills: int, steps: int, seed: int) -> dict[str, int | bool]:
+    """Train once undisturbed and once with kills, below `folder`; what happened, see the module."""
+    _prepare(folder)
+    undisturbed, disturbed = (Training(folder, folder / name, steps) for name in ("undisturbed", "disturbed"))
+    _start(undisturbed).join()
+    moments, landed = random.Random(seed), 0
+    for _ in range(kills):
+        run = _start(disturbed)
+        while run.is_alive() and not (disturbed.out / "running").exists():
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, _LONGEST / kills * 2))
+        landed += run.is_alive()
+        run.kill()
+        run.join()
+        (disturbed.out / "running").unlink(missing_ok=True)
+    _start(disturbed).join()
+    names = ("model.safetensors", "metrics.parquet")
+    identical = all((undisturbed.out / name).read_bytes() == (disturbed.out / name).read_bytes() for name in names)
+    resumed = len((disturbed.out / "resumed").read_text().splitlines()) if (disturbed.out / "resumed").exists() else 0
+    return {"kills": kills, "landed": landed, "resumed": resumed, "identical": identical}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a process trains: base model and pairs in `folder`, result in `out`."""
+
+    folder: Path
+    out: Path
+    steps: int
+
+    def run(self) -> None:
+        torch.set_num_threads(1)
+        self.out.mkdir(exist_ok=True)
+        pairs = pl.read_parquet(self.folder / "pairs.parquet")
+        watch = Watch(
+            report=lambda *_: (self.out / "running").touch(),
+            resumed=lambda step, _: self._note(step),
+            checkpoints=lambda key: Checkpoints(self.out / "checkpoints", key, every=5),
+        )
+        settings = RewardModelSettings(steps=self.steps, pairs_per_step=8, evaluate_every=20)
+        weights = np.random.default_rng(0).lognormal(0, 0.5, pairs.height)
+        model, codec = train_reward_model(self.folder / "base", pairs, weights, pairs.head(64), settings, 0, watch)
+        save_model(model, codec, self.out, {})
+        watch.frame().write_parquet(self.out / "metrics.parquet")
+
+    def _note(self, step: int) -> None:
+        with (self.out / "resumed").open("a", encoding="utf-8") as notes:
+            notes.write(f"{step}\n")
+
+
+def _start(training: Training) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(target=training.run)
+    process.start()
+    return process
+
+
+def _prepare(folder: Path) -> None:
+    experiment, folders = Experiment(), Folders(folder, folder / "raw", folder / "shards")
+    pairs = read_source("hh_rlhf", experiment.sources.hh_rlhf, experiment.planted, folders).pairs.frame().head(600)
+    pairs.write_parquet(folder / "pairs.parquet")
+    model, codec = train_base_model(pairs, BaseModelSettings(steps=0, hidden_size=64, layers=2), Watch())
+    save_model(model, codec, folder / "base", {})
+
+
+if __name__ == "__main__":
+    main()
