@@ -9,10 +9,8 @@ Keys: `ratio_vs_library`, `ratio_vs_loop`, `cosine_min`, `density_spearman`, `am
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import torch
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 
+from benchmarks.measure import interleaved
 from densityrm_core.encoders import dtype_of, load_encoder
 from densityrm_core.estimators import log_density
 from densityrm_core.experiment import DensitySettings, EmbeddingSettings, PlantedSettings, SourceSettings
@@ -48,15 +47,9 @@ def main() -> None:
         "library": lambda: library.encode(texts, show_progress_bar=False),
         "loop": lambda: [library.encode(texts[i : i + 32], show_progress_bar=False) for i in range(0, len(texts), 32)],
     }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
     for way in ways.values():
         way()
-    for _ in range(options.rounds):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - started)
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+    median = interleaved(ways, options.rounds)
     ours, exact = encoder.encode(texts)[0], np.asarray(library.encode(texts, show_progress_bar=False), np.float32)
     exact /= np.linalg.norm(exact, axis=1, keepdims=True)
     cosines = (ours.astype(np.float64) * exact).sum(1) / np.linalg.norm(ours.astype(np.float64), axis=1)

@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -23,6 +22,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
+from benchmarks.measure import memory, reset_peak
 from benchmarks.vectors import clustered_vectors
 from densityrm_core.neighbors import build_search
 
@@ -126,16 +126,9 @@ def _memory_in_a_process_of_its_own(n: int) -> float:
 def _report_memory(n: int, result: Connection) -> None:
     _ours(clustered_vectors(6_000))
     vectors = clustered_vectors(n)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
+    before = reset_peak()
     (cosines, rows), _ = _ours(vectors)
-    result.send((_status("VmHWM") - before - cosines.nbytes - rows.nbytes) / 2**20)
-
-
-def _status(key: str) -> int:
-    """Bytes, of a line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+    result.send((memory("VmHWM") - before - cosines.nbytes - rows.nbytes) / 2**20)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.measure import memory
 from benchmarks.vectors import DIMENSIONS, clustered_vectors
 from densityrm_core.neighbors import build_search
 
@@ -160,7 +161,7 @@ def _ours(file: Path, count: int, max_memory: int, result: Connection) -> None:
     }
     stop.set()
     watch.join()
-    result.send({**found, "peak_rss": _status("VmHWM"), "own_memory": peak[0] - cosines.nbytes})
+    result.send({**found, "peak_rss": memory("VmHWM"), "own_memory": peak[0] - cosines.nbytes})
 
 
 def _ten_million(less: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -194,13 +195,7 @@ def _mapped(file: Path) -> Halves:
 
 def _watch_own_memory(peak: list[int], stop: threading.Event) -> None:
     while not stop.wait(0.05):
-        peak[0] = max(peak[0], _status("RssAnon"))
-
-
-def _status(key: str) -> int:
-    """Bytes, of a line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+        peak[0] = max(peak[0], memory("RssAnon"))
 
 
 if __name__ == "__main__":

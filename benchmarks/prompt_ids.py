@@ -10,9 +10,7 @@ import argparse
 import hashlib
 import json
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -20,6 +18,7 @@ os.environ.setdefault("POLARS_MAX_THREADS", "2")
 
 import polars as pl  # the number of its threads is read at import
 
+from benchmarks.measure import interleaved
 from densityrm_core.prompts import index_prompts
 from densityrm_core.storage import GROUP_ROWS
 from densityrm_core.streams import stream
@@ -44,13 +43,7 @@ def main() -> None:
             "peer_in_memory": lambda: _peer(texts),
         }
         equal = index_prompts([series])[0].rows() == _peer(_lines(folder / "pairs_all.jsonl"))
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(options.rounds):
-            for way, run in ways.items():
-                started = time.perf_counter()
-                run()
-                seconds[way].append(time.perf_counter() - started)
-    median = {way: statistics.median(times) for way, times in seconds.items()}
+        median = interleaved(ways, options.rounds)
     result = {
         "ratio": round(median["peer"] / median["ours"], 2),
         "equal": equal,

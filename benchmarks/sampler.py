@@ -8,17 +8,15 @@ a value that goes with the weight, independent draws over systematic ones, at 20
 """
 
 import argparse
-import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import WeightedRandomSampler
 
+from benchmarks.measure import memory, reset_peak, seconds
 from densityrm_core.sampling import IidSampler, SystematicSampler
 from densityrm_core.streams import stream
 
@@ -32,16 +30,16 @@ def main() -> None:
     torch.set_num_threads(2)
     weights = stream(0, "benchmark weights").exponential(size=count)
     result: dict[str, object] = {"weights": count}
-    before = _reset_peak()
+    before = reset_peak()
     started = time.perf_counter()
     sampler = SystematicSampler(weights, count, seed=0)
     result["build_s"] = round(time.perf_counter() - started, 2)
-    result["first_batch_ms"] = round(1e3 * _seconds(lambda: sampler.batch(0, _BATCH)), 2)
+    result["first_batch_ms"] = round(1e3 * seconds(lambda: sampler.batch(0, _BATCH)), 2)
     steps = iter(range(1, _BATCHES + 1))
     result["batch_ms"] = round(
-        1e3 * statistics.median(_seconds(lambda: sampler.batch(next(steps), _BATCH)) for _ in range(_BATCHES)), 3
+        1e3 * statistics.median(seconds(lambda: sampler.batch(next(steps), _BATCH)) for _ in range(_BATCHES)), 3
     )
-    result["rss_gib"] = round((_peak() - before) / 2**30, 3)
+    result["rss_gib"] = round((memory("VmHWM") - before) / 2**30, 3)
     result["slice_equal"] = _slice_equal(sampler)
     result["identical_over_world_sizes"] = all(_dealt_alike(sampler, world) for world in (1, 2, 3, 8))
     started = time.perf_counter()
@@ -89,25 +87,7 @@ def _refusal(weights: np.ndarray) -> str:
 
 def _first_item(weights: np.ndarray) -> float:
     sampler = WeightedRandomSampler(torch.from_numpy(weights), len(weights))
-    return _seconds(lambda: next(iter(sampler)))
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def _reset_peak() -> int:
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _peak()
-
-
-def _peak() -> int:
-    """Largest resident memory since the last reset, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return seconds(lambda: next(iter(sampler)))
 
 
 if __name__ == "__main__":

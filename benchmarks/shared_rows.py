@@ -5,14 +5,13 @@ seconds), `shared_pairs_per_s`, `padded_pairs_per_s`, `loss_difference`.
 """
 
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from benchmarks.measure import interleaved
 from densityrm_core.experiment import BaseModelSettings, Experiment
 from densityrm_core.models import load_codec, new_reward_model, save_model
 from densityrm_core.packing import pack, rewards
@@ -38,15 +37,9 @@ def main() -> None:
         "shared": lambda: _shared(model, batch),
         "padded": lambda: _padded(model, batch, codec.pad),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
     losses = {name: float(way()) for name, way in ways.items()}
-    for _ in range(ROUNDS):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way().backward()
-            seconds[name].append(time.perf_counter() - started)
-            model.zero_grad()
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+    backwards = {name: lambda way=way: way().backward() for name, way in ways.items()}
+    median = interleaved(backwards, ROUNDS, after=model.zero_grad)
     result = {
         "ratio": round(median["padded"] / median["shared"], 2),
         **{f"{name}_pairs_per_s": round(PAIRS / median[name], 1) for name in ways},

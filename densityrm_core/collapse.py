@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from densityrm_core.near_duplicates import Signatures, normalised, signatures, similarity
 from densityrm_core.neighbors import Search
 from densityrm_core.runs import runs
-from densityrm_core.storage import batches
+from densityrm_core.storage import ascending_rows
 from densityrm_core.vectors import Halves, Keys, Rows, blocks, row_hashes, take
 
 Flags = npt.NDArray[np.bool_]
@@ -88,13 +88,7 @@ def signatures_from(prompts: Path) -> Sign:
 
     def sign(rows: Rows) -> Signatures:
         """`rows` must ascend."""
-        found, start = list[Signatures](), 0
-        for batch in batches(prompts, ["prompt"]):
-            inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + batch.height)] - start
-            if len(inside):
-                found.append(signatures(normalised(batch["prompt"].gather(inside))))
-            start += batch.height
-        return np.concatenate(found)
+        return np.concatenate([signatures(normalised(some["prompt"])) for some in ascending_rows(prompts, rows, ["prompt"])])
 
     return sign
 

@@ -17,7 +17,15 @@ import polars as pl
 
 from densityrm_core import tables
 from densityrm_core.collapse import Alike, OpenSearch, Sign, collapse, signatures_from
-from densityrm_core.estimators import BANDWIDTH, bandwidth_of, distances, log_density, needs_bandwidth, sample_for_bandwidth
+from densityrm_core.estimators import (
+    BANDWIDTH,
+    bandwidth_of,
+    distances,
+    log_density,
+    needs_bandwidth,
+    sample_for_bandwidth,
+    stratum,
+)
 from densityrm_core.experiment import ComputeSettings, DensitySettings
 from densityrm_core.neighbors import Search, build_search
 from densityrm_core.prompts import id_keys
@@ -185,12 +193,6 @@ def _densities(
 def _table(prompts: pl.DataFrame, train: Rows, representative: Rows, log_rho: Doubles, weights: Doubles) -> pl.DataFrame:
     weight = np.full(len(log_rho), np.nan)
     weight[train] = weights
-    reference = np.sort(log_rho[train])
-
-    def cut(parts: int) -> Rows:
-        edges = np.quantile(reference, np.arange(1, parts) / parts)
-        return 1 + np.searchsorted(edges, log_rho, side="left").astype(np.int64)
-
     return tables.DENSITY_WEIGHTS.check(
         prompts.select(
             "prompt_id",
@@ -199,8 +201,8 @@ def _table(prompts: pl.DataFrame, train: Rows, representative: Rows, log_rho: Do
             pl.col("prompt_id").gather(representative).alias("group"),
             pl.Series("log_density", log_rho),
             pl.Series("density", np.exp(log_rho)),
-            pl.Series("decile", cut(10)),
-            pl.Series("quartile", cut(4)),
+            pl.Series("decile", stratum(log_rho, log_rho[train], 10)),
+            pl.Series("quartile", stratum(log_rho, log_rho[train], 4)),
             pl.Series("weight", weight).fill_nan(None),
         )
     )

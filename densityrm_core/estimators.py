@@ -37,6 +37,12 @@ def log_density(cosines: Floats, settings: DensitySettings, bandwidth: float = 1
     return _DEFINITIONS[settings.definition](distances(cosines), settings.distance_floor, bandwidth)
 
 
+def stratum(log_rho: Doubles, training: Doubles, parts: int) -> npt.NDArray[np.int64]:
+    """Which of `parts` equal parts of the training prompts' log densities each of `log_rho` falls into, 1 the rarest."""
+    edges = np.quantile(training, np.arange(1, parts) / parts)
+    return 1 + np.searchsorted(edges, log_rho, side="left").astype(np.int64)
+
+
 def needs_bandwidth(settings: DensitySettings) -> bool:
     """Whether the definition is one with a kernel."""
     return settings.definition in ("kde", "soft_count")

@@ -38,11 +38,16 @@ class ExactSearch:
     recall = 1.0
 
     def __init__(self, base: Vectors, threads: int, max_memory: int, kind: Kind | None = None) -> None:
-        """Args: base (n, d) finite unit vectors; max_memory in bytes, kept where `bytes_needed` is within it."""
+        """Args: base (n, d) unit vectors; max_memory in bytes, kept where `bytes_needed` is within it.
+
+        Raises:
+            ValueError: a vector is not finite.
+        """
         self._base = np.empty(base.shape, np.float32) if base.dtype != np.float32 else np.ascontiguousarray(base)
-        if base.dtype != np.float32:
-            for start in range(0, len(base), _ROWS):
-                self._base[start : start + _ROWS] = base[start : start + _ROWS]
+        for start in range(0, len(base), _ROWS):
+            rows = finite(base[start : start + _ROWS], start, "the base")
+            if base.dtype != np.float32:
+                self._base[start : start + _ROWS] = rows
         self._largest = float(max(self._base.max(initial=0), -self._base.min(initial=0)))
         self._scores = (kind or fastest(base.shape[1]))(self._largest)
         self._tiles = _tiles(self._base, self._scores)

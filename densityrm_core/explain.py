@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from densityrm_core.estimators import BANDWIDTH, distances, log_density
+from densityrm_core.estimators import BANDWIDTH, distances, log_density, stratum
 from densityrm_core.experiment import Experiment
 from densityrm_core.inspection import InspectionError
 from densityrm_core.prompts import prompt_ids
 from densityrm_core.storage import batches, key_value_metadata, read_frame
+from densityrm_core.weights import group_share
 
 Doubles = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
@@ -73,7 +74,7 @@ def explain(asked: str, tables: Path, experiment: Experiment) -> Explanation:
         row={**found, "sources": about["sources"]} if found else None,
         neighbors=neighbors.join(shown, on="prompt_id", maintain_order="left").join(texts, on="prompt_id", maintain_order="left"),
         log_density=rho,
-        decile=1 + int((np.quantile(reference, np.arange(1, 10) / 10) < rho).sum()),
+        decile=int(stratum(np.array([rho]), reference, 10)[0]),
         rarer_than=float((reference > rho).mean()),
         group_size=train.filter(pl.col("group") == own).height if own else 1,
         share=_share_at(rho, train, experiment),
@@ -171,9 +172,7 @@ def _nearest(vector: Floats, embeddings: Path, among: pl.DataFrame, k: int) -> t
 
 def _share_at(rho: float, train: pl.DataFrame, experiment: Experiment) -> float:
     """Sampling probability of a distinct prompt of this density: between those of the training prompts on either side."""
-    by_pair = experiment.density.mass == "per_pair"
-    whole = pl.col("weight") / pl.col("pairs") if by_pair else pl.col("weight")
-    points = train.select("log_density", (whole * pl.len().over("group")).log().alias("share")).sort("log_density")
+    points = train.select("log_density", group_share(experiment.density.mass).log().alias("share")).sort("log_density")
     return float(np.exp(np.interp(rho, points["log_density"].to_numpy(), points["share"].to_numpy())))
 
 

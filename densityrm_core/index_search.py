@@ -39,8 +39,10 @@ def build_index(base: Vectors, k: int, recall: float, threads: int, max_memory: 
     The same base gives the same index: samples are drawn by row, and training runs in one order.
 
     Raises:
-        ValueError: no such index fits into `max_memory` bytes.
+        ValueError: a vector is not finite, or no such index fits into `max_memory` bytes.
     """
+    for start in range(0, len(base), _BLOCK):  # before the training, which would not say which it is
+        finite(base[start : start + _BLOCK], start, "the base")
     faiss.omp_set_num_threads(threads)
     factory = _factory(base, max_memory)
     index: Any = faiss.index_factory(base.shape[1], factory, faiss.METRIC_INNER_PRODUCT)

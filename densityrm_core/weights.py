@@ -80,6 +80,12 @@ def describe_weights(table: pl.DataFrame) -> dict[str, float]:
     }
 
 
+def group_share(mass: str) -> pl.Expr:
+    """What a prompt's group would weigh if each of its prompts had one pair; of training rows of tables.DENSITY_WEIGHTS."""
+    weight = pl.col("weight") / pl.col("pairs") if mass == "per_pair" else pl.col("weight")
+    return weight * pl.len().over("group")
+
+
 def _solve(rarity: Doubles, once: Doubles, settings: DensitySettings) -> tuple[float, Doubles]:
     """gamma and the weight of each prompt's group. Sorted once: the order of weights is that of `rarity` for every gamma."""
     order = np.argsort(-rarity, kind="stable")
