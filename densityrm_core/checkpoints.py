@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from densityrm_core.storage import file_hash, lock, temporary_name
+from densityrm_core.storage import lock, temporary_name
 
 Metrics = dict[str, float]
 
@@ -38,14 +38,13 @@ class Progress:
 
 
 def key_of(*parts: Any) -> str:
-    """A key of all that a training depends on: files and folders by their content, everything else by its bytes or its text."""
+    """A key of all that a training depends on: models by their weights, everything else by its bytes or its text."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, Path):
-            for file in sorted(file for file in part.rglob("*") if file.is_file()):
-                digest.update(str(file.relative_to(part)).encode())
-                with file.open("rb") as content:
-                    digest.update(file_hash(content).encode())
+        if isinstance(part, torch.nn.Module):
+            for name, parameter in part.named_parameters():
+                digest.update(name.encode())
+                digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().data)
         else:
             digest.update(part if isinstance(part, bytes) else str(part).encode())
         digest.update(b"\0")

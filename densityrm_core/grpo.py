@@ -122,7 +122,7 @@ def train_policy(
         settings.log_every,
     )
     asked = str(contexts), prompts["weight"].to_numpy().tobytes()
-    key = key_of(base, reward_model, settings.model_dump_json(), sampling.model_dump_json(), seed, *asked)
+    key = key_of(policy, judge, settings.model_dump_json(), sampling.model_dump_json(), seed, *asked)
     steps = optimize(policy, plan, watch, parts_at, finished=past_budget, checkpoints=watch.checkpoints(key), memory=memory)
     return TrainedPolicy(policy, codec, scale, steps, past_budget())
 

@@ -81,7 +81,9 @@ def train_reward_model(
         settings.weight_decay,
         settings.max_grad_norm,
     )
-    key = key_of(base, settings.model_dump_json(), sampling.model_dump_json(), seed, str(train), str(held_out), weights.tobytes())
+    key = key_of(
+        model, settings.model_dump_json(), sampling.model_dump_json(), seed, str(train), str(held_out), weights.tobytes()
+    )
     optimize(model, plan, watch, parts_at, after, checkpoints=watch.checkpoints(key))
     return model, codec
 

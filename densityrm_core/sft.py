@@ -47,5 +47,5 @@ def _tune(model: Any, codec: Codec, rows: list[tuple[Any, str]], settings: BaseM
         yield -log_probs(model, batch).mean(), {}
 
     plan = Plan(settings.steps, settings.batch_size, settings.learning_rate, weight_decay=0.05)
-    key = key_of(settings.model_dump_json(), str(sequences))
+    key = key_of(model, settings.model_dump_json(), str(sequences))
     optimize(model, plan, watch, parts_at, checkpoints=watch.checkpoints(key))

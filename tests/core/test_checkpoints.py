@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.killed_training import kill_and_resume
-from densityrm_core.checkpoints import Checkpoints
+from densityrm_core.checkpoints import Checkpoints, key_of
 from densityrm_core.training import Plan, TrainingError, TrainingStoppedError, Watch, optimize
 
 PLAN = Plan(25, 4, 1e-2, weight_decay=0.05, log_every=4)
@@ -116,3 +116,10 @@ def test_a_reward_model_killed_twice_is_the_one_that_was_not(tmp_path: Path):
     found = kill_and_resume(tmp_path, kills=2, steps=60, seed=1)
     assert found["resumed"] >= 1
     assert found["identical"]
+
+
+def test_a_training_from_other_weights_is_another_training():
+    first, same, other = (torch.nn.Linear(3, 1) for _ in range(3))
+    same.load_state_dict(first.state_dict())
+    assert key_of(first, "settings") == key_of(same, "settings")
+    assert len({key_of(first, "settings"), key_of(other, "settings"), key_of(first, "others")}) == 3
