@@ -17,8 +17,8 @@ from densityrm_core.judge import Judge
 from densityrm_core.models import load_causal_lm, load_codec, load_reward_model
 from densityrm_core.packing import log_probs, pack
 from densityrm_core.prompts import id_keys
-from densityrm_core.reward_model import score_groups, score_pairs, tokenize_pairs
 from densityrm_core.rollout import sample_completions
+from densityrm_core.scoring import score_groups, score_pairs, tokenize_pairs
 from densityrm_core.streams import stream_seed, unit_intervals
 from densityrm_core.tokens import Codec
 

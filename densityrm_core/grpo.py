@@ -15,9 +15,9 @@ from densityrm_core.checkpoints import key_of
 from densityrm_core.experiment import GrpoSettings, SamplingSettings
 from densityrm_core.models import load_causal_lm, load_codec, load_reward_model, read_card
 from densityrm_core.packing import log_probs, pack
-from densityrm_core.reward_model import score_groups
 from densityrm_core.rollout import sample_completions
 from densityrm_core.sampling import make_sampler
+from densityrm_core.scoring import score_groups
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import Codec
 from densityrm_core.training import Part, Plan, Watch, optimize

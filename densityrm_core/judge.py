@@ -11,7 +11,7 @@ import torch
 
 from densityrm_core.experiment import PlantedSettings
 from densityrm_core.models import ModelError, load_codec, load_reward_model
-from densityrm_core.reward_model import score_groups
+from densityrm_core.scoring import score_groups
 from densityrm_core.sources.planted import PlantedWorld
 
 Context = Sequence[Mapping[str, str]]

@@ -1,9 +1,8 @@
-"""Reward models: Bradley-Terry training on sampled pairs, and scoring."""
+"""Reward models: Bradley-Terry training on sampled pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +10,19 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import torch
-from torch import Tensor
 
 from densityrm_core.checkpoints import key_of
 from densityrm_core.experiment import RewardModelSettings, SamplingSettings
+from densityrm_core.losses import bradley_terry_loss, correctness
 from densityrm_core.models import load_codec, new_reward_model
-from densityrm_core.packing import Group, Ids, pack, rewards, split_by_tokens
+from densityrm_core.packing import Group, pack, rewards, split_by_tokens
 from densityrm_core.sampling import make_sampler
+from densityrm_core.scoring import score_pairs, tokenize_pairs
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import Codec
 from densityrm_core.training import Part, Plan, Watch, optimize
 
 _MAX_VALIDATION_PAIRS = 512
-_TOKENS_AT_A_TIME = 8192  # when scoring
-
-
-@dataclass(frozen=True)
-class PreferenceTokens:
-    """A pair as ids: what both replies answer, and the two replies."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
 
 
 def train_reward_model(
@@ -61,7 +51,7 @@ def train_reward_model(
     sampler = make_sampler(weights, stream_seed(seed, "reward model", "pairs"), sampling)
 
     def parts_at(step: int) -> Iterator[Part]:
-        batch = [_group(train[i]) for i in sampler.batch(step, settings.pairs_per_step)]
+        batch = [train[i].group for i in sampler.batch(step, settings.pairs_per_step)]
         for part in split_by_tokens(batch, settings.tokens_per_batch):
             yield _loss(model, [batch[i] for i in part], settings)
 
@@ -96,57 +86,3 @@ def _loss(model: Any, pairs: Sequence[Group], settings: RewardModelSettings) -> 
     share = len(pairs) / settings.pairs_per_step
     metrics = {"train/accuracy": correctness(margin).mean().item(), "train/margin": margin.mean().item()}
     return share * loss, {name: share * value for name, value in metrics.items()}
-
-
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Negative log-likelihood that `chosen` beats `rejected` under the Bradley-Terry model.
-
-    -log sigmoid(r_chosen - r_rejected), averaged over the batch [Bradley & Terry 1952; Ouyang et al. 2022, eq. 1].
-
-    Args:
-        chosen, rejected: scalar rewards, shape (pairs,), any float dtype; computed in float32.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if chosen.shape != rejected.shape:
-        raise ValueError(f"chosen has shape {tuple(chosen.shape)}, rejected {tuple(rejected.shape)}")
-    return torch.nn.functional.softplus(rejected.float() - chosen.float()).mean()
-
-
-def correctness(margin: Tensor) -> Tensor:
-    """1 where chosen scores higher, 0 where lower, 0.5 where equal."""
-    return (margin > 0).float() + 0.5 * (margin == 0).float()
-
-
-def tokenize_pairs(pairs: pl.DataFrame, codec: Codec) -> list[PreferenceTokens]:
-    """Ids of every row of `pairs` (tables.PREFERENCE_PAIRS), in order."""
-    columns = (pairs[name].to_list() for name in ("context", "chosen", "rejected"))
-    return [PreferenceTokens(codec.prompt(x), codec.reply(c), codec.reply(r)) for x, c, r in zip(*columns, strict=True)]
-
-
-def score_pairs(model: Any, pairs: Sequence[PreferenceTokens]) -> tuple[Tensor, Tensor]:
-    """Rewards of chosen and of rejected, in order; each (pairs,), float32, on the CPU."""
-    chosen, rejected = _score(model, [_group(pair) for pair in pairs]).view(-1, 2).unbind(1)
-    return chosen, rejected
-
-
-def score_groups(model: Any, prompts: Sequence[Ids], groups: Sequence[Sequence[Ids]]) -> Tensor:
-    """Rewards of groups of replies to prompts, (sum of group sizes,), float32, on the CPU."""
-    return _score(model, list(zip(prompts, groups, strict=True)))
-
-
-def _score(model: Any, groups: list[Group]) -> Tensor:
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        parts = [
-            rewards(model, pack([groups[i] for i in part], model.device)).cpu()
-            for part in split_by_tokens(groups, _TOKENS_AT_A_TIME)
-        ]
-    model.train(training)
-    return torch.cat([torch.zeros(0), *parts])
-
-
-def _group(pair: PreferenceTokens) -> Group:
-    return pair.prompt, [pair.chosen, pair.rejected]

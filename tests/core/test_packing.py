@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from densityrm_core.attention import lay_out
+from densityrm_core.losses import bradley_terry_loss
 from densityrm_core.packing import hidden_states, log_probs, pack, rewards, split_by_tokens, why_padded
-from densityrm_core.reward_model import bradley_terry_loss
 
 COMMON = {
     "vocab_size": 120,

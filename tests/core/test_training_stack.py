@@ -9,10 +9,12 @@ import torch
 
 from densityrm_core.experiment import BaseModelSettings, GrpoSettings, RewardModelSettings
 from densityrm_core.grpo import group_advantages, grpo_loss, train_policy
+from densityrm_core.losses import bradley_terry_loss, correctness
 from densityrm_core.models import load_causal_lm, load_codec, load_reward_model, new_reward_model, save_model
 from densityrm_core.packing import log_probs, pack, rewards
-from densityrm_core.reward_model import bradley_terry_loss, correctness, tokenize_pairs, train_reward_model
+from densityrm_core.reward_model import train_reward_model
 from densityrm_core.rollout import sample_completions
+from densityrm_core.scoring import tokenize_pairs
 from densityrm_core.sft import train_base_model
 from densityrm_core.training import Plan, TrainingError, TrainingStoppedError, Watch, learning_rate_at, optimize
 
