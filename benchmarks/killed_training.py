@@ -18,10 +18,10 @@ import numpy as np
 import polars as pl
 import torch
 
-from densityrm_core.checkpoints import Checkpoints
+from densityrm_core.checkpoints import CheckpointFolder
 from densityrm_core.experiment import BaseModelSettings, Experiment, RewardModelSettings
 from densityrm_core.models import save_model
-from densityrm_core.reward_model import train_reward_model
+from densityrm_core.reward_model import RewardModelTask, train_reward_model
 from densityrm_core.sft import train_base_model
 from densityrm_core.sources import Folders, read_source
 from densityrm_core.training import Watch
@@ -77,12 +77,13 @@ class Training:
         watch = Watch(
             report=lambda *_: (self.out / "running").touch(),
             resumed=lambda step, _: self._note(step),
-            checkpoints=lambda key: Checkpoints(self.out / "checkpoints", key, every=5),
+            folder=CheckpointFolder(self.out / "checkpoints", every=5),
         )
         settings = RewardModelSettings(steps=self.steps, pairs_per_step=8, evaluate_every=20)
         weights = np.random.default_rng(0).lognormal(0, 0.5, pairs.height)
-        model, codec = train_reward_model(self.folder / "base", pairs, weights, pairs.head(64), settings, 0, watch)
-        save_model(model, codec, self.out, {})
+        task = RewardModelTask(self.folder / "base", pairs, weights, pairs.head(64), settings, seed=0)
+        trained = train_reward_model(task, watch)
+        save_model(trained.model, trained.codec, self.out, {})
         watch.frame().write_parquet(self.out / "metrics.parquet")
 
     def _note(self, step: int) -> None:

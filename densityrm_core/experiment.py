@@ -22,7 +22,7 @@ _NO_OUTCOME: Any = {
     "seeds": True,
     "arms": True,
     "name": True,
-    "compute": {"parsers", "search_threads", "checkpoint_every", "checkpoints_kept"},
+    "compute": {"parsers", "search_threads", "checkpoint_every", "checkpoints_kept", "gradient_checkpointing", "shard"},
     "density": {"map_points"},
 }
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -194,6 +194,16 @@ class ComputeSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where models run; auto takes a GPU if there is one"
     )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="of reward-model training: weights stay fp32, bf16 computes under autocast; auto: times one step of each",
+    )
+    compile: bool = Field(default=False, description="compile decoder layers with torch.compile; pays off in long trainings")
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward pass: less memory, a third more computation"
+    )
+    ranks: int = Field(default=1, ge=1, description="processes that share each step of a reward model's training, one a GPU")
+    shard: bool = Field(default=False, description="shard weights over the ranks (FSDP2), for models that one GPU cannot hold")
     checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints of a training")
     checkpoints_kept: int = Field(default=2, ge=1, description="checkpoints of a training that are kept, the last ones")
 
@@ -225,7 +235,41 @@ class RewardModelSettings(Settings):
     center_rewards: float = Field(
         default=0.01, ge=0, description="coefficient of mean (r_chosen + r_rejected)^2 [Eisenstein et al. 2023]"
     )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="share of the labels taken to be wrong: the loss mixes in the other order by it"
+    )
+    score_margin: float = Field(
+        default=0.0,
+        ge=0,
+        description="by how much chosen should win, in reward units, where its score leads by the mean lead of its source",
+    )
+    soft_labels: float = Field(
+        default=0.0,
+        ge=0,
+        description="above 0, chosen is better with probability sigmoid(this x score lead / mean lead of its source)",
+    )
+    importance_correction: bool = Field(
+        default=False,
+        description="weight the loss of a drawn pair by 1/(n p): the gradient of uniform sampling whatever the weights, "
+        "a control that tells variance from objective",
+    )
+    frozen_layers: int = Field(default=0, ge=0, description="embeddings and this many lower decoder layers keep their weights")
+    lora_rank: int = Field(
+        default=0, ge=0, description="above 0, decoder layers learn low-rank updates of this rank (peft), merged at the end"
+    )
+    lora_alpha: int = Field(default=16, ge=1, description="LoRA's updates are scaled by lora_alpha / lora_rank")
+    keep: Literal["best", "last"] = Field(
+        default="best", description="which weights are kept: those of the lowest validation loss, or the last"
+    )
     evaluate_every: int = Field(default=100, ge=1, description="steps between evaluations on the validation split")
+
+    @model_validator(mode="after")
+    def _agrees_on_scores(self) -> RewardModelSettings:
+        if self.soft_labels and (self.score_margin or self.label_smoothing):
+            raise ValueError("soft_labels already say how sure a label is: set score_margin and label_smoothing to 0 with them")
+        if self.lora_rank and self.frozen_layers:
+            raise ValueError("frozen_layers: with LoRA all base weights are frozen already; set it to 0")
+        return self
 
 
 class GrpoSettings(Settings):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from densityrm_core.experiment import BaseModelSettings
+from densityrm_core.ranks import SOLO, Ranks, whole
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import CHAT_TEMPLATE, Codec
 
@@ -111,11 +112,17 @@ def load_codec(folder: str | Path) -> Codec:
     return Codec(load_tokenizer(folder), int(card["max_prompt_tokens"]), int(card["max_reply_tokens"]))
 
 
-def save_model(model: Any, codec: Codec, folder: Path, card: dict[str, Any]) -> None:
-    """Weights (safetensors), config, tokenizer, and a card of how the model came to be (densityrm.json)."""
+def save_model(model: Any, codec: Codec, folder: Path, card: dict[str, Any], ranks: Ranks = SOLO) -> None:
+    """Weights (safetensors), config, tokenizer, and a card of how the model came to be (densityrm.json).
+
+    Where weights are sharded, every rank must call this; the first one writes.
+    """
+    weights = {name: whole(value) for name, value in model.state_dict().items()}
+    if not ranks.first:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     model.config.pad_token_id = codec.pad
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     codec.tokenizer.save_pretrained(str(folder))
     limits = {"max_prompt_tokens": codec.max_prompt_tokens, "max_reply_tokens": codec.max_reply_tokens}
     (folder / _CARD).write_text(json.dumps({**limits, **card}, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import torch
 
-from densityrm_core.checkpoints import key_of
-from densityrm_core.experiment import RewardModelSettings, SamplingSettings
-from densityrm_core.losses import bradley_terry_loss, correctness
-from densityrm_core.models import load_codec, new_reward_model
-from densityrm_core.packing import Group, pack, rewards, split_by_tokens
+from densityrm_core.adaptation import adapt
+from densityrm_core.checkpoints import Best, key_of
+from densityrm_core.experiment import ComputeSettings, RewardModelSettings, SamplingSettings
+from densityrm_core.losses import bradley_terry_loss, centering_penalty, correctness
+from densityrm_core.models import load_codec, load_reward_model, new_reward_model, pick_device, save_model
+from densityrm_core.packing import pack, rewards, split_by_tokens
+from densityrm_core.precision import computing, takes_bfloat16
+from densityrm_core.rank_processes import on_ranks
+from densityrm_core.ranks import Ranks, join
 from densityrm_core.sampling import make_sampler
-from densityrm_core.scoring import score_pairs, tokenize_pairs
+from densityrm_core.scoring import PreferenceTokens, score_pairs, tokenize_pairs
 from densityrm_core.streams import stream_seed
+from densityrm_core.targets import Targets, targets_of
 from densityrm_core.tokens import Codec
-from densityrm_core.training import Part, Plan, Watch, optimize
+from densityrm_core.training import Part, Plan, Watch, optimize, told_to_end
 
 _MAX_VALIDATION_PAIRS = 512
 
 
-def train_reward_model(
-    base: Path,
-    pairs: pl.DataFrame,
-    weights: npt.NDArray[np.float64],
-    validation: pl.DataFrame,
-    settings: RewardModelSettings,
-    seed: int,
-    watch: Watch,
-    device: str = "cpu",
-    sampling: SamplingSettings = SamplingSettings(),
-) -> tuple[Any, Codec]:
-    """A reward model started from the base model's weights. Two of them differ in nothing but `weights`.
+@dataclass(frozen=True)
+class RewardModelTask:
+    """What a reward model is trained on. Two of them differ in nothing but `weights`.
 
     Args:
         base: folder of the base model.
@@ -44,26 +41,130 @@ def train_reward_model(
         weights: sampling weight of every training pair, (pairs,), any scale.
         seed: decides the head's initial weights and the order of the pairs.
         sampling: how pairs are drawn by their weights.
+        compute: device, precision and ranks.
     """
-    codec = load_codec(base)
-    model = new_reward_model(base, seed, device)
-    train, held_out = tokenize_pairs(pairs, codec), tokenize_pairs(validation.head(_MAX_VALIDATION_PAIRS), codec)
-    sampler = make_sampler(weights, stream_seed(seed, "reward model", "pairs"), sampling)
+
+    base: Path
+    pairs: pl.DataFrame
+    weights: npt.NDArray[np.float64]
+    validation: pl.DataFrame
+    settings: RewardModelSettings
+    seed: int
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+
+
+@dataclass(frozen=True)
+class TrainedRewardModel:
+    """A reward model, the step its weights are from, and what was measured there on the validation split."""
+
+    model: Any
+    codec: Codec
+    step: int
+    metrics: dict[str, float]
+
+
+def train_reward_model(task: RewardModelTask, watch: Watch) -> TrainedRewardModel:
+    """A reward model started from the base model's weights.
+
+    With `compute.ranks` above 1 the steps are shared by as many processes of this machine; under torchrun, by those that it
+    started, each of which calls this with the same task.
+    """
+    device = pick_device(task.compute.device)
+    ranks = join(device)
+    if task.compute.ranks == 1 or ranks.size > 1:
+        return _train(task, watch, ranks)
+    with TemporaryDirectory(prefix="densityrm.") as out, told_to_end() as told:
+        where = Path(out)
+        heard = on_ranks(
+            task.compute.ranks, device, _train_and_save, task, watch.folder, where, stop=lambda: told() or watch.should_stop()
+        )
+        step, metrics = _pass_on(heard, watch)
+        return TrainedRewardModel(load_reward_model(where, device), load_codec(where), step, metrics)
+
+
+def _train(task: RewardModelTask, watch: Watch, ranks: Ranks) -> TrainedRewardModel:
+    settings = task.settings
+    codec = load_codec(task.base)
+    model = new_reward_model(task.base, task.seed, ranks.device)
+    targets = targets_of(task.pairs, task.weights, settings)
+    train, held_out = tokenize_pairs(task.pairs, codec), tokenize_pairs(task.validation.head(_MAX_VALIDATION_PAIRS), codec)
+    key = key_of(model, *_identity(task, targets, train, held_out))
+    plain = adapt(model, settings, task.compute, task.seed, ranks)
+    sampler = make_sampler(task.weights, stream_seed(task.seed, "reward model", "pairs"), task.sampling)
+    checkpoints = watch.checkpoints(key, ranks)
+    best = Best(checkpoints)
+    memory: dict[str, list[float]] = {}
 
     def parts_at(step: int) -> Iterator[Part]:
-        batch = [train[i].group for i in sampler.batch(step, settings.pairs_per_step)]
-        for part in split_by_tokens(batch, settings.tokens_per_batch):
-            yield _loss(model, [batch[i] for i in part], settings)
+        drawn = sampler.batch(step, settings.pairs_per_step, ranks.rank, ranks.size)
+        batches = _batches(train, drawn, settings.tokens_per_batch, ranks)
+        if "bfloat16" not in memory:
+            memory["bfloat16"] = [float(_measured(model, batches[0], targets, task, ranks))]
+        for batch in batches:
+            yield _loss(model, batch, targets, settings, bool(memory["bfloat16"][0]))
 
     def after(step: int) -> dict[str, float] | None:
         if not held_out or (step % settings.evaluate_every and step != settings.steps):
             return None
-        chosen, rejected = score_pairs(model, held_out)
-        margin = chosen - rejected
-        loss = torch.nn.functional.softplus(-margin).mean().item()
-        return {"eval/accuracy": correctness(margin).mean().item(), "eval/loss": loss, "eval/margin": margin.mean().item()}
+        with computing(bool(memory["bfloat16"][0]), ranks.device):
+            metrics = _evaluate(model, held_out)
+        if settings.keep == "best":
+            best.offer(step, metrics["eval/loss"], model)
+        return metrics
 
-    plan = Plan(
+    steps = optimize(model, _plan(settings), watch, parts_at, after, checkpoints=checkpoints, memory=memory, ranks=ranks)
+    step = (best.restore(model) if settings.keep == "best" else None) or steps
+    metrics = dict(watch.points).get(step * settings.pairs_per_step, {})
+    return TrainedRewardModel(plain(), codec, step, {n: value for n, value in metrics.items() if n.startswith("eval/")})
+
+
+_Batch = tuple[npt.NDArray[np.int64], list[PreferenceTokens], float]  # numbers of the pairs, the pairs, share of the step
+
+
+def _batches(train: list[PreferenceTokens], drawn: npt.NDArray[np.int64], most: int, ranks: Ranks) -> list[_Batch]:
+    """A rank's pairs in batches of at most `most` tokens; as many for every rank, the last ones perhaps without a share."""
+    step = len(drawn) if ranks.size == 1 else round(ranks.total([len(drawn)])[0])
+    groups = [train[i].group for i in drawn]
+    batches: list[_Batch] = [
+        (drawn[part], [train[i] for i in drawn[part]], len(part) / step) for part in map(np.array, split_by_tokens(groups, most))
+    ]
+    idle = ranks.most(len(batches)) - len(batches)
+    return batches + [(drawn[:1], [train[drawn[0]]], 0.0)] * idle
+
+
+def _loss(model: Any, batch: _Batch, targets: Targets, settings: RewardModelSettings, bfloat16: bool) -> Part:
+    """What these pairs add to the mean over the step's pairs."""
+    numbers, pairs, share = batch
+    with computing(bfloat16, str(model.device)):
+        chosen, rejected = rewards(model, pack([pair.group for pair in pairs], model.device)).view(-1, 2).unbind(1)
+    asked = targets.of(numbers, chosen.device)
+    loss = bradley_terry_loss(chosen, rejected, **asked)
+    loss = loss + settings.center_rewards * centering_penalty(chosen, rejected, asked["weight"])
+    lead = (chosen - rejected).detach()
+    metrics = {"train/accuracy": correctness(lead).mean().item(), "train/margin": lead.mean().item()}
+    return share * loss, {name: share * value for name, value in metrics.items()}
+
+
+def _measured(model: Any, batch: _Batch, targets: Targets, task: RewardModelTask, ranks: Ranks) -> bool:
+    """Whether this training computes in bfloat16."""
+
+    def forward_and_backward(bfloat16: bool) -> None:
+        _loss(model, batch, targets, task.settings, bfloat16)[0].backward()
+        model.zero_grad()
+
+    return takes_bfloat16(task.compute.precision, forward_and_backward, ranks)
+
+
+def _evaluate(model: Any, held_out: Sequence[PreferenceTokens]) -> dict[str, float]:
+    chosen, rejected = score_pairs(model, held_out)
+    lead = chosen - rejected
+    loss = bradley_terry_loss(chosen, rejected).item()
+    return {"eval/accuracy": correctness(lead).mean().item(), "eval/loss": loss, "eval/margin": lead.mean().item()}
+
+
+def _plan(settings: RewardModelSettings) -> Plan:
+    return Plan(
         settings.steps,
         settings.pairs_per_step,
         settings.learning_rate,
@@ -71,18 +172,42 @@ def train_reward_model(
         settings.weight_decay,
         settings.max_grad_norm,
     )
-    key = key_of(
-        model, settings.model_dump_json(), sampling.model_dump_json(), seed, str(train), str(held_out), weights.tobytes()
-    )
-    optimize(model, plan, watch, parts_at, after, checkpoints=watch.checkpoints(key))
-    return model, codec
 
 
-def _loss(model: Any, pairs: Sequence[Group], settings: RewardModelSettings) -> Part:
-    """What these pairs add to the mean over the step's pairs."""
-    chosen, rejected = rewards(model, pack(pairs, model.device)).view(-1, 2).unbind(1)
-    margin = (chosen - rejected).detach()
-    loss = bradley_terry_loss(chosen, rejected) + settings.center_rewards * ((chosen + rejected) ** 2).mean()
-    share = len(pairs) / settings.pairs_per_step
-    metrics = {"train/accuracy": correctness(margin).mean().item(), "train/margin": margin.mean().item()}
-    return share * loss, {name: share * value for name, value in metrics.items()}
+def _identity(task: RewardModelTask, targets: Targets, *pairs: Sequence[PreferenceTokens]) -> Iterator[str | bytes]:
+    """All that a training depends on beside its first weights."""
+    yield task.settings.model_dump_json() + task.sampling.model_dump_json()
+    yield task.compute.model_dump_json(include={"precision", "compile", "ranks", "shard"}) + str(task.seed)
+    yield task.weights.tobytes()
+    yield from (target.numpy().tobytes() for target in (targets.margin, targets.label, targets.weight))
+    yield from (str(pair) for part in pairs for pair in part)
+
+
+def _train_and_save(
+    ranks: Ranks, say: Callable[[Any], None], stopped: Callable[[], bool], task: RewardModelTask, folder: Any, out: Path
+) -> None:
+    """The work of one rank; the first one says what the watch is to be told."""
+
+    watch = Watch(should_stop=stopped, say=lambda text: say(("say", text)), folder=folder)
+    if ranks.first:
+        watch.report = lambda step, plan, metrics: say(("report", step, plan, metrics))
+        watch.resumed = lambda step, plan: say(("resumed", step, plan))
+    trained = _train(task, watch, ranks)
+    save_model(trained.model, trained.codec, out, {}, ranks)
+    if ranks.first:
+        say(("done", trained.step, trained.metrics))
+
+
+def _pass_on(heard: Iterable[tuple[Any, ...]], watch: Watch) -> tuple[int, dict[str, float]]:
+    """Tell the watch what the ranks say; the step and metrics they ended with."""
+    ended: tuple[int, dict[str, float]] = (0, {})
+    for kind, *said in heard:
+        if kind == "report":
+            watch.record(*said)
+        elif kind == "resumed":
+            watch.resumed(*said)
+        elif kind == "say":
+            watch.say(*said)
+        else:
+            ended = said[0], said[1]
+    return ended

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from densityrm_core import tables
-from densityrm_core.checkpoints import Checkpoints, Progress
+from densityrm_core.checkpoints import CheckpointFolder, Checkpoints, Progress
+from densityrm_core.ranks import SOLO, Ranks, clip_gradients, divided
 
 Part = tuple[Tensor, dict[str, float]]  # scalar loss, metrics
 
@@ -48,15 +49,20 @@ class Watch:
     """Where a loop's metrics go: kept for the metrics table, and passed on to whoever watches.
 
     `report(step, plan, metrics)` is called with the optimizer step (from 1), the plan and the metrics of this point. Where a run
-    goes on, `resumed(step, plan)` is called first, and the points of before are reported again. `checkpoints(key)` gives the
-    place of a training's checkpoints, if it has any.
+    goes on, `resumed(step, plan)` is called first, and the points of before are reported again. `say` is told what went wrong
+    without ending the run. `folder` is where checkpoints are kept, if anywhere.
     """
 
     report: Callable[[int, Plan, dict[str, float]], None] = lambda step, plan, metrics: None
     resumed: Callable[[int, Plan], None] = lambda step, plan: None
     should_stop: Callable[[], bool] = lambda: False
-    checkpoints: Callable[[str], Checkpoints | None] = lambda key: None
+    say: Callable[[str], None] = print
+    folder: CheckpointFolder | None = None
     points: list[tuple[int, dict[str, float]]] = field(default_factory=list[tuple[int, dict[str, float]]])
+
+    def checkpoints(self, key: str, ranks: Ranks = SOLO) -> Checkpoints | None:
+        """The checkpoints of a training, see `key_of`; None if there is no place for them."""
+        return self.folder.of(key, self.say, ranks) if self.folder else None
 
     def record(self, step: int, plan: Plan, metrics: dict[str, float]) -> None:
         self.points.append((step * plan.units, metrics))
@@ -88,25 +94,26 @@ def optimize(
     finished: Callable[[], bool] = lambda: False,
     checkpoints: Checkpoints | None = None,
     memory: dict[str, list[float]] | None = None,
+    ranks: Ranks = SOLO,
 ) -> int:
     """Minimise the sum of `parts_at(step)` with AdamW, warm-up + cosine and gradient clipping; returns the steps taken.
 
     Args:
-        model: what is trained, in train mode afterwards.
+        model: what is trained, in train mode afterwards; parameters that need no gradient stay as they are.
         parts_at: step (from 0) -> parts of the step's loss, one after the other, so that only one is in memory. The parts' losses
-            and metrics are summed; metrics are averaged over `plan.log_every` steps when recorded.
+            and metrics are summed, over ranks too; metrics are averaged over `plan.log_every` steps when recorded.
         after: step (from 1) -> further metrics to record at this point, or None.
         finished: true ends the loop early, as a success.
         checkpoints: where to go on from, and to save to every so many steps and when stopped.
         memory: what `parts_at` and `finished` remember from step to step; restored in place.
+        ranks: the processes that share every step. Only the first one's watch is told of it.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss or its gradient is not finite.
         TrainingStoppedError: `watch.should_stop()` said so, or the process was told to end.
     """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = _adamw(trained, plan)
     memory = {} if memory is None else memory
     progress = checkpoints.restore(model, optimizer) if checkpoints else Progress()
     memory.update(progress.memory)
@@ -114,13 +121,15 @@ def optimize(
         watch.resume(progress, plan)
     progress.points, progress.memory = watch.points, memory
     model.train()
-    with _told_to_end() as told:
+    with told_to_end() as told:
         for step in range(progress.step, plan.steps):
-            if told() or watch.should_stop():
+            if ranks.any(told() or watch.should_stop()):
                 if checkpoints:
                     checkpoints.save(progress, model, optimizer)
-                raise TrainingStoppedError(f"stopped before step {step + 1} of {plan.steps}")
-            rate = _step(model, optimizer, plan, step, parts_at(step), progress)
+                ranks.wait()
+                raise TrainingStoppedError(f"stopped before step {step + 1} of {plan.steps}; run it again to go on from there")
+            rate = learning_rate_at(step, plan)
+            progress.recent.append(_step(trained, optimizer, plan, step, rate, parts_at(step), ranks))
             further = after(step + 1) or {}
             done = step + 1 == plan.steps or finished()
             if further or done or (step + 1) % plan.log_every == 0:
@@ -135,33 +144,47 @@ def optimize(
     return plan.steps
 
 
+def _adamw(parameters: list[Tensor], plan: Plan) -> torch.optim.Optimizer:
+    """AdamW [Loshchilov & Hutter 2019], fused; sharded parameters form a group of their own."""
+    groups: list[dict[str, Any]] = [{"params": part} for part in divided(parameters) if part]
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True)
+
+
 def _step(
-    model: Any,
+    trained: list[Tensor],
     optimizer: torch.optim.Optimizer,
     plan: Plan,
     step: int,
+    rate: float,
     parts: Iterable[Part],
-    progress: Progress,
-) -> float:
-    """One step of the optimizer; its metrics are added to the recent ones. Returns the learning rate."""
-    rate = learning_rate_at(step, plan)
+    ranks: Ranks,
+) -> dict[str, float]:
+    """One step of the optimizer, and its metrics."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    summed: Counter[str] = Counter()
+    counted: Counter[str] = Counter()
     for loss, metrics in parts:
-        if not math.isfinite(loss.item()):
-            raise TrainingError(f"the loss is {loss.item()} at step {step + 1} of {plan.steps}; lower the learning rate")
         loss.backward()
-        summed.update({"train/loss": loss.item(), **metrics})
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
+        counted.update({"train/loss": loss.item(), **metrics})
+    summed = dict(zip(counted, ranks.total(list(counted.values())), strict=True))
+    _refuse_unless_finite(summed["train/loss"], "loss", step, plan)
+    ranks.sum_gradients(trained)
+    norm = clip_gradients(trained, plan.max_grad_norm)
+    _refuse_unless_finite(norm, "gradient's norm", step, plan)
     optimizer.step()
     optimizer.zero_grad()
-    progress.recent.append({**summed, "train/grad_norm": norm.item()})
-    return rate
+    return {**summed, "train/grad_norm": norm}
+
+
+def _refuse_unless_finite(value: float, what: str, step: int, plan: Plan) -> None:
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the {what} is {value} at step {step + 1} of {plan.steps}; lower the learning rate. Earlier checkpoints are kept"
+        )
 
 
 @contextlib.contextmanager
-def _told_to_end() -> Generator[Callable[[], bool]]:
+def told_to_end() -> Generator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM came: the step is finished first. Only a process's main thread can ask."""
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():

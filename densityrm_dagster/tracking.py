@@ -26,15 +26,13 @@ class Training:
     def __init__(
         self, context: dg.AssetExecutionContext, mirror: MirroredRun, unit: str, checkpoints: Path, compute: ComputeSettings
     ) -> None:
-        from densityrm_core.checkpoints import Checkpoints
+        from densityrm_core.checkpoints import CheckpointFolder
         from densityrm_core.training import Watch
-
-        def keep(key: str) -> Checkpoints:
-            return Checkpoints(checkpoints, key, compute.checkpoint_every, compute.checkpoints_kept, context.log.warning)
 
         self._context, self._mirror, self._unit = context, mirror, unit
         self._started, self._said, self._resumed = time.monotonic(), 0.0, 0
-        self.watch = Watch(report=self._point, resumed=self._go_on, checkpoints=keep)
+        folder = CheckpointFolder(checkpoints, compute.checkpoint_every, compute.checkpoints_kept)
+        self.watch = Watch(report=self._point, resumed=self._go_on, say=context.log.warning, folder=folder)
 
     def _go_on(self, step: int, plan: "Plan") -> None:
         self._resumed = step

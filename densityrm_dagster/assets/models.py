@@ -87,8 +87,8 @@ def _judge(experiment: Experiment) -> dg.AssetsDefinition:
     ) -> dg.Output[Path]:
         """The gold judge: the planted rule where the truth is known, else a reward model of the judge split."""
         from densityrm_core.judge import save_planted_judge
-        from densityrm_core.models import pick_device, save_model
-        from densityrm_core.reward_model import train_reward_model
+        from densityrm_core.models import save_model
+        from densityrm_core.reward_model import RewardModelTask, train_reward_model
         from densityrm_core.sampling import uniform_weights
 
         settings, folder = chosen(config, experiment.reward_model), folders.stage(context)
@@ -103,12 +103,13 @@ def _judge(experiment: Experiment) -> dg.AssetsDefinition:
                 context, mlflow, experiment, REWARD_MODELS, settings, "judge", "pairs", folders.checkpoints(context)
             ) as training,
         ):
-            uniform, device = uniform_weights(pairs["judge"].height), pick_device(experiment.compute.device)
-            model, codec = train_reward_model(
-                base_model, pairs["judge"], uniform, pairs["validation"], settings, _JUDGE_SEED, training.watch, device
+            uniform = uniform_weights(pairs["judge"].height)
+            task = RewardModelTask(
+                base_model, pairs["judge"], uniform, pairs["validation"], settings, _JUDGE_SEED, compute=experiment.compute
             )
-            save_model(model, codec, folder, {"settings": settings.model_dump(mode="json")})
-            final = {name: training.watch.last(name) for name in ("eval/accuracy", "eval/loss")}
-            return folder_output(folder, {"judge": "reward model", **training.finish(folder, final, ["train/loss", "eval/loss"])})
+            trained = train_reward_model(task, training.watch)
+            save_model(trained.model, trained.codec, folder, {"settings": settings.model_dump(mode="json")})
+            card = training.finish(folder, trained.metrics, ["train/loss", "eval/loss"])
+            return folder_output(folder, {"judge": "reward model", **card})
 
     return rm_judge

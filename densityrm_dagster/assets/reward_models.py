@@ -60,8 +60,8 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
         folders: dg.ResourceParam[FolderIOManager],
         mlflow: MLflowTracker,
     ) -> Iterator[Any]:
-        from densityrm_core.models import pick_device, save_model
-        from densityrm_core.reward_model import train_reward_model
+        from densityrm_core.models import save_model
+        from densityrm_core.reward_model import RewardModelTask, train_reward_model
         from densityrm_core.sampling import uniform_weights
 
         settings, folder, seed = chosen(config, experiment.reward_model), folders.stage(context), seed_of(context)
@@ -82,23 +82,24 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
                 sampling=sampling,
             ) as training,
         ):
-            device = pick_device(experiment.compute.device)
-            model, codec = train_reward_model(
-                base_model, train, weights, validation, settings, seed, training.watch, device, experiment.sampling
+            task = RewardModelTask(
+                base_model, train, weights, validation, settings, seed, experiment.sampling, experiment.compute
             )
-            save_model(model, codec, folder, {"settings": settings.model_dump(mode="json"), "sampling": sampling, "seed": seed})
-            final = {metric: training.watch.last(metric) for metric in ("eval/accuracy", "eval/loss", "eval/margin")}
-            card = training.finish(folder, final, ["train/accuracy", "eval/accuracy"])
-        yield folder_output(folder, {**card, "training_pairs": train.height, "truncated_texts": codec.truncated})
+            trained = train_reward_model(task, training.watch)
+            card = {"settings": settings.model_dump(mode="json"), "sampling": sampling, "seed": seed, "step": trained.step}
+            save_model(trained.model, trained.codec, folder, card)
+            shown = training.finish(folder, trained.metrics, ["train/accuracy", "eval/accuracy"])
+        counts = {"training_pairs": train.height, "truncated_texts": trained.codec.truncated, "kept_step": trained.step}
+        yield folder_output(folder, {**shown, **counts})
         losses = training.watch.frame().filter(pl.col("metric").str.ends_with("loss"))["value"]
         yield dg.AssetCheckResult(
             check_name="losses_finite", passed=bool(losses.is_finite().all()), metadata={"points": len(losses)}
         )
         yield dg.AssetCheckResult(
             check_name="beats_chance",
-            passed=final["eval/accuracy"] > 0.5,
+            passed=trained.metrics["eval/accuracy"] > 0.5,
             severity=dg.AssetCheckSeverity.WARN,
-            metadata={"accuracy": final["eval/accuracy"], "pairs": validation.height},
+            metadata={"accuracy": trained.metrics["eval/accuracy"], "pairs": validation.height},
         )
 
     return reward_model

@@ -12,7 +12,7 @@ from densityrm_core.grpo import group_advantages, grpo_loss, train_policy
 from densityrm_core.losses import bradley_terry_loss, correctness
 from densityrm_core.models import load_causal_lm, load_codec, load_reward_model, new_reward_model, save_model
 from densityrm_core.packing import log_probs, pack, rewards
-from densityrm_core.reward_model import train_reward_model
+from densityrm_core.reward_model import RewardModelTask, train_reward_model
 from densityrm_core.rollout import sample_completions
 from densityrm_core.scoring import tokenize_pairs
 from densityrm_core.sft import train_base_model
@@ -49,8 +49,8 @@ def base(pairs: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reward_model(base: Path, pairs: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rm")
     settings = RewardModelSettings(steps=30, pairs_per_step=16, evaluate_every=10, learning_rate=3e-3)
-    model, codec = train_reward_model(base, pairs, np.ones(120), pairs.head(40), settings, 0, Watch())
-    save_model(model, codec, folder, {})
+    trained = train_reward_model(RewardModelTask(base, pairs, np.ones(120), pairs.head(40), settings, 0), Watch())
+    save_model(trained.model, trained.codec, folder, {})
     return folder
 
 
@@ -147,8 +147,8 @@ def test_a_trained_reward_model_loads_without_this_project_and_ranks_pairs(rewar
 
 def test_training_repeats_bit_for_bit_with_its_seed(base: Path, pairs: pl.DataFrame):
     settings = RewardModelSettings(steps=5, pairs_per_step=8, evaluate_every=5)
-    runs = [train_reward_model(base, pairs, np.ones(120), pairs.head(8), settings, seed, Watch())[0] for seed in (0, 0, 1)]
-    states = [torch.cat([p.flatten() for p in model.parameters()]) for model in runs]
+    tasks = [RewardModelTask(base, pairs, np.ones(120), pairs.head(8), settings, seed) for seed in (0, 0, 1)]
+    states = [torch.cat([p.flatten() for p in train_reward_model(task, Watch()).model.parameters()]) for task in tasks]
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
 
@@ -247,8 +247,8 @@ def test_a_step_in_parts_is_the_step_as_a_whole(base: Path, pairs: pl.DataFrame)
     def trained(tokens: int) -> tuple[torch.Tensor, pl.DataFrame]:
         settings = RewardModelSettings(steps=3, pairs_per_step=16, tokens_per_batch=tokens, learning_rate=1e-3, evaluate_every=3)
         watch = Watch()
-        model, _ = train_reward_model(base, pairs.head(40), np.ones(40), pairs.head(8), settings, 0, watch)
-        return torch.cat([p.detach().flatten() for p in model.parameters()]), watch.frame()
+        trained = train_reward_model(RewardModelTask(base, pairs.head(40), np.ones(40), pairs.head(8), settings, 0), watch)
+        return torch.cat([p.detach().flatten() for p in trained.model.parameters()]), watch.frame()
 
     (whole, metrics), (parts, others) = trained(100_000), trained(100)
     assert (whole - parts).abs().max() < 1e-4
