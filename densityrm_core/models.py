@@ -74,17 +74,13 @@ def load_causal_lm(source: str | Path, device: str = "cpu") -> Any:
 
 def load_reward_model(source: str | Path, device: str = "cpu") -> Any:
     """A `…ForSequenceClassification` with one label from a folder or hub id, in float32, without dropout."""
-    from transformers import AutoModelForSequenceClassification
-
-    return _load(AutoModelForSequenceClassification, source, device)
+    return _load(_classifier(), source, device)
 
 
 def new_reward_model(base: str | Path, seed: int, device: str = "cpu") -> Any:
     """The base model with a fresh scalar head: weights ~ N(0, 1/hidden), so that first rewards are of order one at most."""
-    from transformers import AutoModelForSequenceClassification
-
     torch.manual_seed(stream_seed(seed, "reward model", "init"))
-    model = _load(AutoModelForSequenceClassification, base, device, num_labels=1)
+    model = _load(_classifier(), base, device, num_labels=1)
     with torch.no_grad():
         head = torch.empty(model.score.weight.shape).normal_(std=1 / (model.config.get_text_config().hidden_size + 1))
         model.score.weight.copy_(head)
@@ -157,6 +153,15 @@ def read_card(folder: str | Path) -> dict[str, Any]:
 def pick_device(device: str) -> str:
     """`auto` -> cuda if there is one, else cpu; anything else as it is."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _classifier() -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    from densityrm_core.nanochat_classifier import register_classifier
+
+    register_classifier()
+    return AutoModelForSequenceClassification
 
 
 def _load(cls: Any, source: str | Path, device: str, **config: Any) -> Any:

@@ -12,7 +12,16 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from densityrm_core.base_models import as_hugging_face
 from densityrm_core.experiment import BaseModelSettings
-from densityrm_core.models import ModelError, load_causal_lm, load_tokenizer
+from densityrm_core.models import (
+    ModelError,
+    fit_to_tokenizer,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+    new_reward_model,
+    save_model,
+)
+from densityrm_core.packing import pack, rewards, why_padded
 from densityrm_core.sft import train_base_model
 from densityrm_core.tokens import Codec
 from densityrm_core.training import Watch
@@ -193,3 +202,21 @@ def test_a_nanochat_checkpoint_is_tuned_on_the_chosen_replies(tmp_path: Path):
     train_base_model(pairs, settings, watch, cache=tmp_path / "cache")
     losses = [metrics["train/loss"] for _, metrics in watch.points if "train/loss" in metrics]
     assert losses[-1] < losses[0]
+
+
+def test_a_nanochat_base_model_becomes_a_reward_model_with_packed_rewards_as_padded(tmp_path: Path):
+    codec = Codec(load_tokenizer(source := as_hugging_face(str(write_nanochat(tmp_path / "d2")), tmp_path / "cache")), 64, 16)
+    base = load_causal_lm(source)
+    fit_to_tokenizer(base, codec.tokenizer)
+    save_model(base, codec, tmp_path / "base", {})
+    model = new_reward_model(tmp_path / "base", seed=0).eval()
+    assert why_padded(model) == ""
+    prompt, replies = codec.prompt([{"role": "user", "content": "How?"}]), [codec.reply("So."), codec.reply("No, never.")]
+    packed = rewards(model, pack([(prompt, replies)]))
+    rows = [torch.tensor(prompt + reply) for reply in replies]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=codec.pad)
+    padded = model(input_ids=ids, attention_mask=(ids != codec.pad).long()).logits.squeeze(-1)
+    assert packed.detach().numpy() == pytest.approx(padded.detach().numpy(), abs=1e-5)
+    save_model(model, codec, tmp_path / "rm", {})
+    again = rewards(load_reward_model(tmp_path / "rm"), pack([(prompt, replies)]))
+    assert torch.equal(again, packed)
