@@ -38,9 +38,10 @@ _BLOCK = {
     "mlp.c_proj": "mlp.fc2",
 }
 _EXPORT = (
-    "where nanochat runs, write it as tokenizer.json: python -c 'from nanochat.tokenizer import get_tokenizer; "
+    "where nanochat runs, with transformers and blobfile installed, write it as tokenizer.json: "
+    "python -c 'from nanochat.tokenizer import get_tokenizer; "
     "from transformers.integrations.tiktoken import convert_tiktoken_to_fast; "
-    'convert_tiktoken_to_fast(get_tokenizer().enc, "tokenizer")\''
+    'convert_tiktoken_to_fast(get_tokenizer().enc, "tokenizer")\'; then copy it beside the checkpoint'
 )
 
 
