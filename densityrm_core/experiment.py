@@ -209,7 +209,11 @@ class ComputeSettings(Settings):
 
 
 class BaseModelSettings(Settings):
-    model: str = Field(default="scratch", description="'scratch', a Hugging Face folder, or a hub id")
+    model: str = Field(
+        default="scratch",
+        description="'scratch' (a small one is built), a Hugging Face folder, a hub id, a GGUF file (*.gguf), or a folder with a "
+        "nanochat checkpoint and its tokenizer.json",
+    )
     vocab_size: int = Field(default=1024, ge=300, description="scratch: size of the byte-level BPE vocabulary")
     hidden_size: int = Field(default=128, ge=32, multiple_of=32, description="scratch: width of the model")
     layers: int = Field(default=3, ge=1, description="scratch: number of decoder layers")

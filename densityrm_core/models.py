@@ -75,17 +75,13 @@ def load_causal_lm(source: str | Path, device: str = "cpu") -> Any:
 
 def load_reward_model(source: str | Path, device: str = "cpu") -> Any:
     """A `…ForSequenceClassification` with one label from a folder or hub id, in float32, without dropout."""
-    from transformers import AutoModelForSequenceClassification
-
-    return _load(AutoModelForSequenceClassification, source, device)
+    return _load(_classifier(), source, device)
 
 
 def new_reward_model(base: str | Path, seed: int, device: str = "cpu") -> Any:
     """The base model with a fresh scalar head: weights ~ N(0, 1/hidden), so that first rewards are of order one at most."""
-    from transformers import AutoModelForSequenceClassification
-
     torch.manual_seed(stream_seed(seed, "reward model", "init"))
-    model = _load(AutoModelForSequenceClassification, base, device, num_labels=1)
+    model = _load(_classifier(), base, device, num_labels=1)
     with torch.no_grad():
         head = torch.empty(model.score.weight.shape).normal_(std=1 / (model.config.get_text_config().hidden_size + 1))
         model.score.weight.copy_(head)
@@ -93,17 +89,42 @@ def new_reward_model(base: str | Path, seed: int, device: str = "cpu") -> Any:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id, with a padding token of its own and a chat template."""
+    """The tokenizer of a folder or hub id, with a padding token of its own and a chat template.
+
+    Raises:
+        ModelError: it cannot be loaded, or it has no end-of-sequence token.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{source}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{source}: its tokenizer has no end-of-sequence token, which closes every reply; name one of its tokens in "
+            f'{source}/tokenizer_config.json, as in "eos_token": "<|endoftext|>"'
+        )
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     return tokenizer
+
+
+def fit_to_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a model an embedding for every token, and the tokenizer's padding token in place of its own.
+
+    A new embedding is the mean of the old ones, so that a new token is never likely [Hewitt 2021]. A model whose padding token
+    is also its end of sequence would never train the embedding of that token: torch gives padding no gradient.
+    """
+    embeddings = model.get_input_embeddings()
+    old = embeddings.num_embeddings
+    if len(tokenizer) > old:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                layer.weight[old:] = layer.weight[:old].mean(0)
+    model.config.pad_token_id = model.get_input_embeddings().padding_idx = tokenizer.pad_token_id
 
 
 def load_codec(folder: str | Path) -> Codec:
@@ -141,16 +162,26 @@ def pick_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
+def _classifier() -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    from densityrm_core.nanochat_classifier import register_classifier
+
+    register_classifier()
+    return AutoModelForSequenceClassification
+
+
 def _load(cls: Any, source: str | Path, device: str, **config: Any) -> Any:
     try:
         model = cls.from_pretrained(str(source), dtype=torch.float32, attn_implementation="sdpa", **config)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: cannot be loaded as a {cls.__name__}: {_first_line(error)}") from error
+        raise ModelError(f"{source}: cannot be loaded as a {cls.__name__}: {first_line(error)}") from error
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model.to(device)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of a library says first; the rest is advice to programmers."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from densityrm_core.base_models import as_hugging_face
 from densityrm_core.checkpoints import key_of
 from densityrm_core.experiment import BaseModelSettings
-from densityrm_core.models import load_causal_lm, load_tokenizer, scratch_model
+from densityrm_core.models import fit_to_tokenizer, load_causal_lm, load_tokenizer, scratch_model
 from densityrm_core.packing import log_probs, pack
 from densityrm_core.sampling import SystematicSampler
 from densityrm_core.tokens import Codec
 from densityrm_core.training import Part, Plan, Watch, optimize
 
 
-def train_base_model(pairs: pl.DataFrame, settings: BaseModelSettings, watch: Watch, device: str = "cpu") -> tuple[Any, Codec]:
+def train_base_model(
+    pairs: pl.DataFrame, settings: BaseModelSettings, watch: Watch, device: str = "cpu", cache: Path | None = None
+) -> tuple[Any, Codec]:
     """The policy every arm starts from: `settings.model`, or a small model built here, tuned on the chosen replies of `pairs`.
 
     Args:
         pairs: tables.PREFERENCE_PAIRS, the training split.
+        cache: where a GGUF file or nanochat checkpoint is converted to, once; if not given, it is converted for this call only.
+
+    Raises:
+        ModelError: `settings.model` cannot be loaded.
     """
     rows = list(zip(pairs["context"].to_list(), pairs["chosen"].to_list(), strict=True))
     if settings.model == "scratch":
         texts = (text for context, chosen in rows for text in (*(turn["content"] for turn in context), chosen))
         model, tokenizer = scratch_model(texts, settings)
     else:
-        model, tokenizer = load_causal_lm(settings.model), load_tokenizer(settings.model)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
+        with TemporaryDirectory() as passing:
+            source = as_hugging_face(settings.model, cache or Path(passing))
+            model, tokenizer = load_causal_lm(source), load_tokenizer(source)
+        fit_to_tokenizer(model, tokenizer)
     model.to(device)
     codec = Codec(tokenizer, settings.max_prompt_tokens, settings.max_reply_tokens)
     if settings.steps:

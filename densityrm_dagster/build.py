@@ -29,7 +29,7 @@ def build_definitions(experiment: Experiment, root: Path | None = None) -> dg.De
     assets = [
         *pair_assets(experiment, root / "raw", state / "shards"),
         *density_assets(experiment, state / "vectors"),
-        *model_assets(experiment),
+        *model_assets(experiment, root / "converted"),
         *reward_model_assets(experiment),
         *policy_assets(experiment),
         *evaluation_assets(experiment),

@@ -21,12 +21,12 @@ _PAIRS = dg.AssetIn(input_manager_key="tables")
 _JUDGE_SEED = 10_000  # a stream of its own, whatever the replicates' seeds are
 
 
-def model_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
-    """The assets of this group."""
-    return [_base_model(experiment), _judge(experiment)]
+def model_assets(experiment: Experiment, converted: Path) -> list[dg.AssetsDefinition]:
+    """The assets of this group; base models that are no Hugging Face folders yet become some in `converted`."""
+    return [_base_model(experiment, converted), _judge(experiment)]
 
 
-def _base_model(experiment: Experiment) -> dg.AssetsDefinition:
+def _base_model(experiment: Experiment, converted: Path) -> dg.AssetsDefinition:
     config_class = launch_config(experiment.base_model)
 
     @dg.asset(
@@ -56,7 +56,8 @@ def _base_model(experiment: Experiment) -> dg.AssetsDefinition:
                 context, mlflow, experiment, POLICIES, settings, "base", "sequences", folders.checkpoints(context)
             ) as training,
         ):
-            model, codec = train_base_model(train, settings, training.watch, pick_device(experiment.compute.device))
+            device = pick_device(experiment.compute.device)
+            model, codec = train_base_model(train, settings, training.watch, device, converted)
             save_model(model, codec, folder, {"settings": settings.model_dump(mode="json")})
             final = {"train/loss": training.watch.last("train/loss")} if settings.steps else {}
             card = training.finish(folder, final, ["train/loss"])

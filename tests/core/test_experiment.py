@@ -16,7 +16,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["planted", "sample", "full"])
+@pytest.mark.parametrize("name", ["planted", "sample", "full", "smollm2"])
 def test_every_shipped_experiment_loads(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DENSITYRM_DATA", "/data")
     assert load_experiment(EXPERIMENTS / f"{name}.yaml").name == name

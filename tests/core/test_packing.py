@@ -17,6 +17,7 @@ from transformers import (
 
 from densityrm_core.attention import lay_out
 from densityrm_core.losses import bradley_terry_loss
+from densityrm_core.nanochat_classifier import register_classifier
 from densityrm_core.packing import hidden_states, log_probs, pack, rewards, split_by_tokens, why_padded
 
 COMMON = {
@@ -37,7 +38,6 @@ CONFIGS = {
     "nanochat": NanoChatConfig(**COMMON),
 }
 MODELS = pytest.mark.parametrize("name", list(CONFIGS))
-CLASSIFIERS = pytest.mark.parametrize("name", [name for name in CONFIGS if name != "nanochat"])
 
 
 def language_model(name: str) -> torch.nn.Module:
@@ -48,6 +48,7 @@ def language_model(name: str) -> torch.nn.Module:
 def reward_model(name: str) -> torch.nn.Module:
     config = copy.deepcopy(CONFIGS[name])
     config.num_labels = 1
+    register_classifier()
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_config(config)
 
@@ -75,7 +76,7 @@ def gradient(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@CLASSIFIERS
+@MODELS
 def test_loss_and_gradients_equal_the_models_own_padded_forward(name: str):
     model, given = reward_model(name), groups()
     assert why_padded(model) == ""
@@ -113,7 +114,7 @@ def test_a_branch_knows_nothing_of_its_siblings_and_neighbours(name: str):
     assert first[2:5].detach().numpy() == pytest.approx(second[2:5].detach().numpy(), abs=1e-6)
 
 
-@CLASSIFIERS
+@MODELS
 def test_the_order_of_pairs_in_a_batch_does_not_matter(name: str):
     model, given = reward_model(name).eval(), groups()
     forth, back = rewards(model, pack(given)), rewards(model, pack(given[::-1]))
