@@ -1,4 +1,4 @@
-"""What reward models and policies do on held-out prompts, row by row, with the density stratum of each."""
+"""What policies write for held-out prompts, row by row, with the density stratum of each."""
 
 from __future__ import annotations
 
@@ -18,40 +18,11 @@ from densityrm_core.models import load_causal_lm, load_codec, load_reward_model
 from densityrm_core.packing import log_probs, pack
 from densityrm_core.prompts import id_keys
 from densityrm_core.rollout import sample_completions
-from densityrm_core.scoring import score_groups, score_pairs, tokenize_pairs
+from densityrm_core.scoring import score_groups
 from densityrm_core.streams import stream_seed, unit_intervals
 from densityrm_core.tokens import Codec
 
 _PROMPTS_AT_A_TIME = 32
-
-
-def evaluate_reward_model(folder: Path, test: pl.DataFrame, strata: pl.DataFrame, device: str = "cpu") -> pl.DataFrame:
-    """Rewards of every pair of `test`: the columns of tables.RM_EVALUATION but seed, model and fingerprint.
-
-    Args:
-        folder: the reward model.
-        test: tables.PREFERENCE_PAIRS, the test split.
-        strata: tables.PAIR_WEIGHTS.
-    """
-    codec = load_codec(folder)
-    scored = score_pairs(load_reward_model(folder, device), tokenize_pairs(test, codec))
-    chosen, rejected = (part.double().numpy() for part in scored)
-    length = pl.col("chosen").str.len_chars().cast(pl.Int64) - pl.col("rejected").str.len_chars().cast(pl.Int64)
-    return (
-        test.join(strata.select("pair_id", "decile", "quartile"), on="pair_id", how="left", maintain_order="left")
-        .with_columns(pl.Series("reward_chosen", chosen), pl.Series("reward_rejected", rejected))
-        .select(
-            "pair_id",
-            "prompt_id",
-            "src",
-            "decile",
-            "quartile",
-            "reward_chosen",
-            "reward_rejected",
-            (0.5 + 0.5 * (pl.col("reward_chosen") - pl.col("reward_rejected")).sign()).alias("correct"),
-            (0.5 + 0.5 * length.sign()).alias("longer_chosen"),
-        )
-    )
 
 
 def held_out_prompts(pairs: pl.DataFrame, weights: pl.DataFrame, count: int) -> pl.DataFrame:

@@ -24,8 +24,10 @@ _NO_OUTCOME: Any = {
     "name": True,
     "compute": {"parsers", "search_threads", "checkpoint_every", "checkpoints_kept", "gradient_checkpointing", "shard"},
     "density": {"map_points"},
+    "evaluation": {"sets"},
 }
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 class ExperimentError(ValueError):
@@ -304,6 +306,17 @@ class EvaluationSettings(Settings):
     samples: int = Field(default=4, ge=1, description="completions sampled of each, beside the greedy one")
     bootstrap: int = Field(default=2000, ge=100, description="bootstrap resamples behind every interval")
     claim: float = Field(default=0.10, ge=0, description="smallest relative gain that would confirm the claim '+10 to 30 %'")
+    sets: dict[SetName, str] = Field(
+        default={},
+        description="further preference pairs that reward models rank, by name: a file, folder or glob of JSON lines or Parquet, "
+        "local or hf://datasets/<repo>/<glob>, with the columns prompt, chosen, rejected and subset of RewardBench 1 or 2",
+    )
+
+    @model_validator(mode="after")
+    def _leaves_the_test_split_its_name(self) -> EvaluationSettings:
+        if "test" in self.sets:
+            raise ValueError("sets: 'test' is the experiment's own test split; give the set another name")
+        return self
 
 
 class Experiment(Settings):

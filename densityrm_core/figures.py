@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -43,6 +46,13 @@ def style(ax: Axes) -> Axes:
     ax.grid(axis="y", color="#E0E0E0", linewidth=0.8)
     ax.set_axisbelow(True)
     return ax
+
+
+def error_bars(ax: Axes, x: ArrayLike, points: ArrayLike, color: str, marker: str, label: str | None = None) -> None:
+    """Points with intervals: estimates, lower and upper ends, (3, n); an interval that is not finite is not drawn."""
+    mean, *ends = np.asarray(points, dtype=np.float64)
+    spread = np.where(np.isfinite(ends).all(0), np.abs(np.asarray(ends) - mean), 0)
+    ax.errorbar(np.asarray(x), mean, spread, fmt=marker, color=color, capsize=3, markersize=6, label=label)
 
 
 def png(figure: Figure, colors: int | None = None) -> bytes:

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from densityrm_core.figures import BLUE, GREEN, GREY, PURPLE, VERMILLION, blank, nothing, png, style, titled
-from densityrm_core.statistics import Interval, bootstrap_column
+from densityrm_core.figures import BLUE, GREEN, GREY, PURPLE, VERMILLION, blank, error_bars, nothing, png, style, titled
+from densityrm_core.statistics import bootstrap_column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _POLICY_COLORS = {"base": GREY, "a": BLUE, "b": VERMILLION, "c": GREEN, "d": PURPLE}
 _MARKERS = {"base": "s", "a": "o", "b": "^", "c": "D", "d": "v"}
-_RM = {"rm_uniform": ("uniform RM", BLUE, "o"), "rm_density": ("density RM", VERMILLION, "^")}
 
 
 def weight_histogram(weights: pl.DataFrame) -> bytes:
@@ -107,28 +106,6 @@ def curves(metrics: pl.DataFrame, names: Sequence[str], x_label: str) -> bytes:
     return png(figure)
 
 
-def accuracy_by_decile(rm_evaluation: pl.DataFrame, resamples: int = 2000) -> bytes:
-    """Accuracy of both reward models per density decile, with 95 % intervals. Reads RM_EVALUATION."""
-    models = [m for m in _RM if (rm_evaluation["model"] == m).any()]
-    if not models:
-        return nothing("Reward model accuracy")
-    rare = rm_evaluation.filter(pl.col("quartile") == 1)
-    means = {m: bootstrap_column(r, "correct", 1).mean for m in models if len(r := rare.filter(pl.col("model") == m))}
-    finding = ", ".join(f"{_RM[m][0]} {100 * mean:.1f} %" for m, mean in means.items())
-    figure, ax = titled(f"Accuracy on the rarest quarter: {finding}" if means else "Accuracy by density decile")
-    for offset, model in zip((-0.12, 0.12), models, strict=False):
-        label, color, marker = _RM[model]
-        deciles = rm_evaluation.filter(pl.col("model") == model).partition_by("decile", as_dict=True)
-        points = sorted((k[0], bootstrap_column(f, "correct", resamples).scaled(100)) for k, f in deciles.items())
-        _error_bars(ax, [d + offset for d, _ in points], [i for _, i in points], color, marker, label)
-    ax.axhline(50, color=GREY, linestyle="--", linewidth=1, label="chance")
-    ax.set_xticks(range(1, 11))
-    ax.set_xlabel("density decile of the prompt (1 rarest, 10 commonest)")
-    ax.set_ylabel("pairs ranked right (%), 95 % interval")
-    ax.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    return png(figure)
-
-
 def policy_rewards(policy_evaluation: pl.DataFrame, resamples: int = 2000) -> bytes:
     """Judge reward of the sampled completions per arm, with 95 % intervals. Reads POLICY_EVALUATION."""
     rewards = {
@@ -149,7 +126,8 @@ def policy_rewards(policy_evaluation: pl.DataFrame, resamples: int = 2000) -> by
             ax.axhspan(base.low, base.high, color=GREY, alpha=0.15, linewidth=0)
         ax.legend(frameon=False, loc="best")
     for i, arm in enumerate(arms):
-        _error_bars(ax, [i], [rewards[arm]], _POLICY_COLORS[arm], _MARKERS[arm], None)
+        reward = rewards[arm]
+        error_bars(ax, [i], [[reward.mean], [reward.low], [reward.high]], _POLICY_COLORS[arm], _MARKERS[arm])
     ax.set_xticks(range(len(arms)), [_DESCRIPTIONS[arm] for arm in arms])
     ax.set_xlim(-0.5, max(len(arms), 1) - 0.5)
     ax.set_ylabel("judge reward, 95 % interval")
@@ -186,13 +164,6 @@ _DESCRIPTIONS = {
     "c": "arm C\nuniform RM,\ndensity prompts",
     "d": "arm D\ndensity RM,\ndensity prompts",
 }
-
-
-def _error_bars(ax: Axes, x: Sequence[float], points: Sequence[Interval], color: str, marker: str, label: str | None) -> None:
-    means = [i.mean for i in points]
-    finite = [i if np.isfinite(i.high - i.low) else Interval(i.mean, i.mean, i.mean) for i in points]
-    spread = [[i.mean - i.low for i in finite], [i.high - i.mean for i in finite]]
-    ax.errorbar(x, means, np.maximum(spread, 0), fmt=marker, color=color, capsize=3, markersize=6, label=label)
 
 
 def _plain_ticks(ax: Axes, low: float, high: float) -> None:

@@ -10,6 +10,7 @@ import polars as pl
 from densityrm_core import plots
 from densityrm_core.document import Block, Grid, Picture, Report, Text, finite
 from densityrm_core.experiment import Experiment
+from densityrm_core.rm_section import reward_model_section
 from densityrm_core.statistics import (
     STRATA,
     Hypothesis,
@@ -17,7 +18,6 @@ from densityrm_core.statistics import (
     Verdict,
     bootstrap_column,
     bootstrap_strata,
-    pair_models,
     pair_policies,
     policy_hypothesis,
     reply_means,
@@ -25,12 +25,6 @@ from densityrm_core.statistics import (
     reward_spec,
 )
 
-_RM = {
-    "rm_uniform": "uniform RM",
-    "rm_density": "density RM",
-    "difference": "density - uniform",
-    "longer_reply": "pick the longer reply",
-}
 _ARMS = {"base": "base", "a": "A: neither", "b": "B: RM", "c": "C: prompts", "d": "D: both"}
 
 
@@ -55,21 +49,19 @@ def build_report(experiment: Experiment, rm: pl.DataFrame, policies: pl.DataFram
     claim, n = experiment.evaluation.claim, experiment.evaluation.bootstrap
     h1, h2 = reward_model_hypothesis(rm, claim, n), policy_hypothesis(cells, claim, n)
     overall = _overall(h1, h2)
-    accuracy, arms, differences = _accuracies(rm, n), _arms(policies, cells, n), _differences(cells, n)
+    section, arms, differences = reward_model_section(rm, n), _arms(policies, cells, n), _differences(cells, n)
     sizes = _sizes(rm, policies)
     table = {
         "experiment": experiment.name,
         "fingerprint": experiment.fingerprint,
         "seeds": list(experiment.seeds),
         "verdict": overall,
-        "reward_model": {**vars(h1), "accuracy": accuracy},
+        "reward_model": {**vars(h1), **section.table},
         "policy": {**vars(h2), "arms": arms, "differences": differences},
         "sizes": sizes,
         "remarks": remarks,
     }
-    figures: dict[str, bytes] = {}
-    if len(rm):
-        figures["accuracy_by_decile.png"] = plots.accuracy_by_decile(rm, n)
+    figures = dict(section.figures)
     if len(cells):
         figures["policy_rewards.png"] = plots.policy_rewards(policies, n)
         figures["reward_against_kl.png"] = plots.reward_against_kl(policies)
@@ -78,7 +70,7 @@ def build_report(experiment: Experiment, rm: pl.DataFrame, policies: pl.DataFram
         Text(_answer(overall, h1.verdict, h2.verdict)),
         Text(h1.sentence),
         Text(h2.sentence),
-        *_reward_model_blocks(accuracy, figures),
+        *section.blocks,
         *_policy_blocks(arms, differences, figures),
         Text("What this rests on", heading=2),
         Text(_basis(experiment, sizes)),
@@ -124,14 +116,6 @@ def _overall(h1: Hypothesis, h2: Hypothesis) -> Verdict:
     return "refuted" if "refuted" in verdicts else "undecided"
 
 
-def _accuracies(rm: pl.DataFrame, n: int) -> dict[str, dict[str, Interval | None]]:
-    """In per cent: both models, their paired difference, and what choosing the longer reply would score."""
-    rows = {model: bootstrap_strata(rm.filter(pl.col("model") == model), "correct", n) for model in ("rm_uniform", "rm_density")}
-    rows["difference"] = bootstrap_strata(pair_models(rm), "difference", n)
-    rows["longer_reply"] = bootstrap_strata(rm.unique("pair_id").with_columns(seed=pl.lit(0)), "longer_chosen", n)
-    return {row: {k: i.scaled(100) if i else None for k, i in strata.items()} for row, strata in rows.items()}
-
-
 def _arms(policies: pl.DataFrame, cells: pl.DataFrame, n: int) -> dict[str, dict[str, Any]]:
     arms: dict[str, dict[str, Any]] = {}
     for policy in _ARMS:
@@ -162,6 +146,7 @@ def _differences(cells: pl.DataFrame, n: int) -> dict[str, dict[str, Interval | 
 
 
 def _sizes(rm: pl.DataFrame, policies: pl.DataFrame) -> dict[str, Any]:
+    rm = rm.filter(pl.col("set") == "test")
     return {
         "reward_model": {
             "seeds": sorted(set(rm["seed"])),
@@ -175,15 +160,6 @@ def _sizes(rm: pl.DataFrame, policies: pl.DataFrame) -> dict[str, Any]:
             "samples": policies.filter(pl.col("sample") > 0)["sample"].n_unique(),
         },
     }
-
-
-def _reward_model_blocks(accuracy: dict[str, dict[str, Interval | None]], figures: dict[str, bytes]) -> tuple[Block, ...]:
-    rows = [
-        (_RM[row], *(_show(i, "+.1f" if row == "difference" else ".1f") for i in strata.values()))
-        for row, strata in accuracy.items()
-    ]
-    grid = Grid(("accuracy, % of test pairs [95 %]", *STRATA), tuple(rows))
-    return (Text("Reward models", 2), grid, *_pictures(figures, {"accuracy_by_decile.png": "Accuracy by density decile"}))
 
 
 def _policy_blocks(

@@ -1,4 +1,4 @@
-"""Paired hierarchical bootstrap over seeds and prompts, and the verdicts that follow from its intervals."""
+"""Paired differences between models and between policies, and the verdicts that follow from their intervals."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from typing import Literal
 
 import numpy as np
 import polars as pl
-from numpy.typing import ArrayLike, NDArray
+
+from densityrm_core.bootstrap import Interval, bootstrap_mean
 
 Verdict = Literal["supported", "refuted", "undecided"]
 Claim = Literal["confirmed", "compatible", "ruled out", "undefined"]
 
 STRATA = {"all": (1, 2, 3, 4), "rare quartile": (1,), "common quartile": (4,)}  # quartiles of the density
-
-_LEVEL = 0.95
-_MAX_BLOCKS = 4096  # prompts beyond this many are resampled in blocks
-_CHUNK = 2**21  # prompt indices drawn at a time, 16 MiB
 
 
 @dataclass(frozen=True)
@@ -29,82 +26,6 @@ class Hypothesis:
     baseline: float | None = None
     claim: float | None = None
     relative_gain: Claim | None = None
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and the interval around it. Formatting applies to all three numbers: f"{interval:+.1f}"."""
-
-    mean: float
-    low: float
-    high: float
-    level: float = _LEVEL
-
-    def scaled(self, factor: float) -> Interval:
-        """The same interval in other units; `factor` must be positive."""
-        return Interval(self.mean * factor, self.low * factor, self.high * factor, self.level)
-
-    def shifted(self, by: float) -> Interval:
-        """The same interval with `by` added to all three numbers."""
-        return Interval(self.mean + by, self.low + by, self.high + by, self.level)
-
-    def __format__(self, spec: str) -> str:
-        spec = spec or "+.3g"
-        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
-
-    def __str__(self) -> str:
-        return format(self, "")
-
-
-def bootstrap_mean(values: ArrayLike, seeds: ArrayLike, prompts: ArrayLike, resamples: int, seed: int) -> Interval:
-    """Mean of `values` with a 95 % percentile interval from resampling seeds and prompts.
-
-    With x_spr the r-th row of prompt p in seed s, the estimate is
-
-        1/S sum_s  (sum_p sum_r x_spr) / (sum_p n_sp),
-
-    so a prompt counts by its rows (accuracy over pairs = sum correct / sum pairs) and every seed counts alike. A resample
-    draws S seeds and, independently, P prompts with replacement; a prompt comes with all its rows, and in all seeds alike
-    [percentile interval: Efron & Tibshirani 1993, ch. 13; clusters: Cameron, Gelbach & Miller 2008]. For a paired
-    difference pass one difference per row: what the two sides share then cancels.
-
-    With few seeds the interval is optimistic: resampling S seeds sees (S - 1)/S of their variance, two thirds for S = 3,
-    and with one seed none of it. Beyond 4,096 prompts, prompts are gathered at random into 4,096 blocks, which are
-    resampled instead: as wide on average, and bounded in time. A single prompt gives an infinite interval.
-
-    Args:
-        values, seeds, prompts: one entry a row, shape (rows,).
-        resamples: number of bootstrap resamples.
-        seed: of the random generator; equal input and seed give equal output.
-
-    Raises:
-        ValueError: no rows, lengths that differ, a value that is not finite, or resamples below 1.
-    """
-    x = np.asarray(values, dtype=np.float64)
-    seed_names, s = np.unique(np.asarray(seeds), return_inverse=True)
-    prompt_names, p = np.unique(np.asarray(prompts), return_inverse=True)
-    if not (x.ndim == 1 and len(x) == len(s) == len(p) > 0):
-        raise ValueError(f"values, seeds and prompts must be as long as each other and not empty: {len(x)}, {len(s)}, {len(p)}")
-    if not np.isfinite(x).all():
-        raise ValueError(f"values hold {int((~np.isfinite(x)).sum())} entries that are not finite")
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, not {resamples}")
-
-    rng = np.random.default_rng(np.random.SeedSequence(seed))
-    blocks = len(prompt_names)
-    if blocks > _MAX_BLOCKS:
-        p = (rng.permutation(blocks) % _MAX_BLOCKS)[p]
-        blocks = _MAX_BLOCKS
-    shape = (len(seed_names), blocks)
-    cell = s * blocks + p
-    sums = np.bincount(cell, x, blocks * shape[0]).reshape(shape).astype(np.float64)
-    counts = np.bincount(cell, minlength=blocks * shape[0]).reshape(shape).astype(np.float64)
-
-    mean = float(np.mean(sums.sum(1) / counts.sum(1)))
-    if blocks == 1:
-        return Interval(mean, -np.inf, np.inf)
-    low, high = np.nanquantile(_resampled_means(sums, counts, resamples, rng), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return Interval(mean, float(low), float(high))
 
 
 def bootstrap_column(frame: pl.DataFrame, column: str, resamples: int, seed: int = 0) -> Interval:
@@ -128,8 +49,9 @@ def reply_means(policies: pl.DataFrame) -> pl.DataFrame:
 
 def pair_models(rm: pl.DataFrame) -> pl.DataFrame:
     """Test pairs that both reward models scored in one seed, with `correct`, `uniform` and their `difference`."""
-    uniform = rm.filter(pl.col("model") == "rm_uniform").select("seed", "pair_id", uniform="correct")
-    density = rm.filter(pl.col("model") == "rm_density")
+    test = rm.filter(pl.col("set") == "test")
+    uniform = test.filter(pl.col("model") == "rm_uniform").select("seed", "pair_id", uniform="correct")
+    density = test.filter(pl.col("model") == "rm_density")
     return density.join(uniform, on=["seed", "pair_id"]).with_columns(difference=pl.col("correct") - pl.col("uniform"))
 
 
@@ -245,26 +167,3 @@ def policy_hypothesis(cells: pl.DataFrame, claim: float, resamples: int) -> Hypo
 def reward_spec(*rewards: float) -> str:
     """Format of judge rewards of this size: three decimals below 10, else one."""
     return ".1f" if any(abs(r) >= 10 for r in rewards) else ".3f"
-
-
-def _resampled_means(
-    sums: NDArray[np.float64], counts: NDArray[np.float64], resamples: int, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """Means of the resamples, shape (resamples,), from totals per seed and prompt, shape (S, P)."""
-    n_seeds, n_prompts = sums.shape
-    drawn_seeds = _multiplicities(rng, resamples, n_seeds)
-    means = np.empty((resamples, n_seeds))
-    step = max(1, _CHUNK // n_prompts)
-    for start in range(0, resamples, step):
-        drawn = _multiplicities(rng, min(step, resamples - start), n_prompts)  # (chunk, P)
-        with np.errstate(invalid="ignore"):
-            means[start : start + step] = (drawn @ sums.T) / (drawn @ counts.T)
-    weights = np.where(np.isnan(means), 0.0, drawn_seeds)  # a seed none of whose prompts was drawn says nothing
-    with np.errstate(invalid="ignore"):
-        return (weights * np.nan_to_num(means)).sum(1) / weights.sum(1)
-
-
-def _multiplicities(rng: np.random.Generator, resamples: int, n: int) -> NDArray[np.float64]:
-    """How often each of n items is drawn in n draws with replacement, shape (resamples, n)."""
-    drawn = rng.integers(0, n, (resamples, n)) + n * np.arange(resamples)[:, None]
-    return np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n).astype(np.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import polars as pl
 
@@ -182,19 +182,21 @@ PAIR_WEIGHTS = Table(
 
 RM_EVALUATION = Table(
     "rm_evaluation",
-    "what each reward model thinks of every test pair",
+    "what each reward model, and each baseline, thinks of every test pair and of every pair of the further sets",
     (
         _SEED,
-        Column("model", pl.String(), "rm_uniform or rm_density"),
-        Column("pair_id", pl.String(), "the test pair"),
+        Column("model", pl.String(), "rm_uniform, rm_density, or a baseline: longer_reply, shorter_reply, bag_of_words"),
+        Column("set", pl.String(), "test, or the name of a set of evaluation.sets"),
+        Column("pair_id", pl.String(), "the pair"),
         _PROMPT_ID,
-        Column("src", pl.String(), "source of the pair"),
-        _DECILE,
-        _QUARTILE,
+        Column("src", pl.String(), "source of the pair; in a set of evaluation.sets its subset"),
+        replace(_DECILE, nullable=True),
+        replace(_QUARTILE, nullable=True),
         Column("reward_chosen", pl.Float64(), "reward of the preferred reply"),
         Column("reward_rejected", pl.Float64(), "reward of the other reply"),
         Column("correct", pl.Float64(), "1 if chosen scores higher, 0 if lower, 0.5 if equal"),
-        Column("longer_chosen", pl.Float64(), "1 if the preferred reply is the longer one, 0 if shorter, 0.5 if equal"),
+        Column("chars_chosen", pl.Int64(), "length of the preferred reply in characters"),
+        Column("chars_rejected", pl.Int64(), "length of the other reply in characters"),
         Column("fingerprint", pl.String(), "hash of the experiment that made this row"),
     ),
 )

@@ -32,7 +32,7 @@ def build_definitions(experiment: Experiment, root: Path | None = None) -> dg.De
         *model_assets(experiment, root / "converted"),
         *reward_model_assets(experiment),
         *policy_assets(experiment),
-        *evaluation_assets(experiment),
+        *evaluation_assets(experiment, root / "raw" / "hub"),
     ]
     jobs = build_jobs(experiment)
     return dg.Definitions(

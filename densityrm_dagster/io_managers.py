@@ -21,7 +21,8 @@ class ParquetIOManager(dg.ConfigurableIOManager):
     An asset returns a frame, or, where memory must not grow with rows, a `Stored` table that it wrote under `stage`. Anything
     that differs from its table's schema is refused before the former file is touched. What an asset receives follows its
     annotation: a DataFrame, a LazyFrame, or a Path to read batch by batch. Each is the table as it was when the asset started,
-    whatever replaces it meanwhile. An unpartitioned asset that reads a partitioned one receives all partitions that exist.
+    whatever replaces it meanwhile. An unpartitioned asset that reads a partitioned one receives all partitions that exist and
+    have the table's columns.
     """
 
     folder: str
@@ -56,7 +57,7 @@ class ParquetIOManager(dg.ConfigurableIOManager):
         paths = [self.path(context.asset_key, key) for key in context.asset_partition_keys]
         if len(paths) == 1:
             return _load(paths[0], wanted)
-        return pl.concat([table.empty(), *(read_frame(path) for path in paths if path.exists())])
+        return pl.concat([table.empty(), *(_gathered(path, table, context) for path in paths if path.exists())])
 
     def path(self, key: dg.AssetKey, partition: str | None = None) -> Path:
         """Where a table is, or will be."""
@@ -133,6 +134,15 @@ def _load(path: Path, wanted: Any) -> pl.DataFrame | pl.LazyFrame | Path:
         return pl.scan_parquet(path.open("rb")) if wanted is pl.LazyFrame else read_frame(path)
     except FileNotFoundError:
         raise dg.Failure(_missing(path), allow_retries=False) from None
+
+
+def _gathered(path: Path, table: tables.Table, context: dg.InputContext) -> pl.DataFrame:
+    """One partition of several; none of its rows if an earlier version of the program wrote it with other columns."""
+    try:
+        return table.check(read_frame(path)).select(table.schema.names())
+    except tables.TableError as error:
+        context.log.warning(f"{path} was left out, it is of another version: {error}; materialize partition {path.stem} again")
+        return table.empty()
 
 
 def _missing(path: Path) -> str:

@@ -24,50 +24,54 @@ _TABLES = {n: dg.AssetIn(input_manager_key="tables") for n in ("preference_pairs
 _REWARD_MODELS = ("rm_uniform", "rm_density")
 
 
-def evaluation_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
-    """The assets of this group."""
-    return [_rm_evaluation(experiment), _policy_evaluation(experiment), _hypothesis_report(experiment)]
+def evaluation_assets(experiment: Experiment, downloads: Path) -> list[dg.AssetsDefinition]:
+    """The assets of this group; sets from the hub are kept under `downloads`."""
+    return [_rm_evaluation(experiment, downloads), _policy_evaluation(experiment), _hypothesis_report(experiment)]
 
 
-def _rm_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
+def _rm_evaluation(experiment: Experiment, downloads: Path) -> dg.AssetsDefinition:
     @dg.asset(
         **_COMMON,
-        kinds={"pytorch", "parquet"},
+        kinds={"pytorch", "scikitlearn", "parquet"},
         io_manager_key="tables",
-        code_version=version(1, experiment.fingerprint),
+        code_version=version(2, experiment.fingerprint, experiment.evaluation.sets),
         metadata={TABLE: tables.RM_EVALUATION.name},
         partitions_def=seed_partitions(experiment),
         ins={name: _TABLES[name] for name in ("preference_pairs", "pair_weights")},
     )
     def rm_evaluation(
         context: dg.AssetExecutionContext,
-        preference_pairs: pl.DataFrame,
-        pair_weights: pl.DataFrame,
+        preference_pairs: pl.LazyFrame,
+        pair_weights: pl.LazyFrame,
         rm_uniform: Path,
         rm_density: Path,
         experiment: dg.ResourceParam[Experiment],
     ) -> dg.Output[pl.DataFrame]:
-        """Rewards of both reward models for every test pair, with the density stratum of its prompt."""
-        from densityrm_core.evaluation import evaluate_reward_model, with_key
+        """Rewards of both reward models and of the baselines for every test pair, with the density stratum of its prompt."""
+        from densityrm_core.baselines import fit_baselines
+        from densityrm_core.evaluation import with_key
+        from densityrm_core.evaluation_sets import read_set
         from densityrm_core.models import pick_device
+        from densityrm_core.rm_evaluation import evaluate_baseline, evaluate_reward_model, exam_pairs
+        from densityrm_dagster.rm_card import measurements
 
         set_up_torch(experiment.compute)
-        test, device = preference_pairs.filter(pl.col("split") == "test"), pick_device(experiment.compute.device)
-        made_by = {rm_uniform: experiment.reward_model, rm_density: experiment.reward_model}
+        device, made_by = pick_device(experiment.compute.device), dict.fromkeys((rm_uniform, rm_density), experiment.reward_model)
         key: dict[str, Any] = {"seed": seed_of(context), "fingerprint": _fingerprint(context, experiment, made_by)}
         with clear_failures():
-            rows = pl.concat(
-                with_key(evaluate_reward_model(folder, test, pair_weights, device), tables.RM_EVALUATION, model=name, **key)
-                for name, folder in zip(_REWARD_MODELS, (rm_uniform, rm_density), strict=True)
-            )
-        summary = _accuracies(rows)
-        context.log.info(
-            "accuracy " + ", ".join(f"{r['model']} {r['all']:.3f} (rare {r['rare']:.3f})" for r in summary.to_dicts())
-        )
-        lineage = same_columns("preference_pairs", "pair_id", "prompt_id", "src") | same_columns(
-            "pair_weights", "decile", "quartile"
-        )
-        card = {"accuracy": dg.MetadataValue.md(markdown_table(summary)), "by_decile": plot(plots.accuracy_by_decile(rows))}
+            sets = [read_set(name, path, downloads) for name, path in experiment.evaluation.sets.items()]
+            exam = exam_pairs(preference_pairs, pair_weights, [found.pairs for found in sets])
+            answers = {n: evaluate_reward_model(f, exam, device) for n, f in zip(_REWARD_MODELS, made_by, strict=True)}
+            answers |= {name: evaluate_baseline(it, exam) for name, it in fit_baselines(preference_pairs).items()}
+        rows = pl.concat(with_key(frame, tables.RM_EVALUATION, model=name, **key) for name, frame in answers.items())
+        card, told = measurements(rows, sets, experiment.evaluation.bootstrap)
+        for line in told:
+            context.log.info(line)
+        lineage = {
+            **same_columns("preference_pairs", "pair_id", "prompt_id", "src"),
+            **same_columns("pair_weights", "decile", "quartile"),
+            **{f"chars_{side}": [("preference_pairs", side)] for side in ("chosen", "rejected")},
+        }
         return table_output(rows, tables.RM_EVALUATION, lineage, card)
 
     return rm_evaluation
@@ -132,7 +136,7 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
 def _hypothesis_report(experiment: Experiment) -> dg.AssetsDefinition:
     @dg.asset(
         **_COMMON,
-        code_version=version(1, experiment.fingerprint),
+        code_version=version(2, experiment.fingerprint),
         kinds={"markdown"},
         io_manager_key="reports",
         ins={name: dg.AssetIn(input_manager_key="tables") for name in ("rm_evaluation", "policy_evaluation")},
@@ -173,16 +177,6 @@ def _fingerprint(context: dg.AssetExecutionContext, experiment: Experiment, made
     names = ", ".join(str(folder) for folder in other)
     context.log.warning(f"trained with other settings than the experiment file's, so left out of the verdict: {names}")
     return f"{experiment.fingerprint}+launch"
-
-
-def _accuracies(rows: pl.DataFrame) -> pl.DataFrame:
-    correct = pl.col("correct")
-    return rows.group_by("model", maintain_order=True).agg(
-        correct.mean().alias("all"),
-        correct.filter(pl.col("quartile") == 1).mean().alias("rare"),
-        correct.filter(pl.col("quartile") == 4).mean().alias("common"),
-        pl.len().alias("pairs"),
-    )
 
 
 def _policies(rows: pl.DataFrame) -> pl.DataFrame:

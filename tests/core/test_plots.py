@@ -7,10 +7,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from densityrm_core import plots
+from densityrm_core import plots, rm_plots
+from densityrm_core.rm_metrics import measure, reliability
 from densityrm_core.tables import DENSITY_WEIGHTS, METRICS, POLICY_EVALUATION, REJECTS, RM_EVALUATION
 
 LIMIT = 100 * 1024
+NO_RM = measure(RM_EVALUATION.empty(), 1)
 
 
 def weights(n: int = 5000) -> pl.DataFrame:
@@ -43,10 +45,12 @@ def metrics() -> pl.DataFrame:
 def rm() -> pl.DataFrame:
     rng = np.random.default_rng(1)
     accuracy = {"rm_uniform": [0.6 + 0.02 * d for d in range(11)], "rm_density": [0.68 + 0.01 * d for d in range(11)]}
+    accuracy |= dict(zip(("bag_of_words", "longer_reply", "shorter_reply"), ([0.61] * 11, [0.44] * 11, [0.56] * 11), strict=True))
     rows = [
-        {"seed": s, "model": m, "pair_id": f"{i}", "prompt_id": f"{i}", "src": "hh", "decile": i % 10 + 1,
-         "quartile": i % 10 // 3 + 1, "reward_chosen": 0.0, "reward_rejected": 0.0,
-         "correct": float(rng.random() < accuracy[m][i % 10 + 1]), "longer_chosen": 0.5, "fingerprint": "f"}
+        {"seed": s, "model": m, "set": "test", "pair_id": f"{i}", "prompt_id": f"{i}", "src": f"s{i % 4}",
+         "decile": i % 10 + 1, "quartile": i % 10 // 3 + 1, "reward_chosen": rng.normal(), "reward_rejected": 0.0,
+         "correct": float(rng.random() < accuracy[m][i % 10 + 1]), "chars_chosen": int(rng.integers(1, 99)),
+         "chars_rejected": 50, "fingerprint": "f"}
         for s in range(3) for m in accuracy for i in range(400)
     ]  # fmt: skip
     return RM_EVALUATION.check(RM_EVALUATION.frame(rows))
@@ -69,7 +73,9 @@ FIGURES = {
     "lorenz_curve": lambda: plots.lorenz_curve(weights()),
     "reject_reasons": lambda: plots.reject_reasons(rejects()),
     "curves": lambda: plots.curves(metrics(), ["loss", "accuracy", "absent"], "pairs seen"),
-    "accuracy_by_decile": lambda: plots.accuracy_by_decile(rm(), 200),
+    "accuracy_by_decile": lambda: rm_plots.accuracy_by_decile(measure(rm(), 200)),
+    "accuracy_by_source": lambda: rm_plots.accuracy_by_source(measure(rm(), 200)),
+    "reliability_diagram": lambda: rm_plots.reliability_diagram(reliability(rm(), 200), measure(rm(), 200)),
     "policy_rewards": lambda: plots.policy_rewards(policies(), 200),
     "reward_against_kl": lambda: plots.reward_against_kl(policies()),
 }
@@ -78,7 +84,9 @@ EMPTY = {
     "lorenz_curve": lambda: plots.lorenz_curve(DENSITY_WEIGHTS.empty()),
     "reject_reasons": lambda: plots.reject_reasons(REJECTS.empty()),
     "curves": lambda: plots.curves(METRICS.empty(), ["loss"], "pairs seen"),
-    "accuracy_by_decile": lambda: plots.accuracy_by_decile(RM_EVALUATION.empty()),
+    "accuracy_by_decile": lambda: rm_plots.accuracy_by_decile(NO_RM),
+    "accuracy_by_source": lambda: rm_plots.accuracy_by_source(NO_RM),
+    "reliability_diagram": lambda: rm_plots.reliability_diagram(reliability(RM_EVALUATION.empty(), 1), NO_RM),
     "policy_rewards": lambda: plots.policy_rewards(POLICY_EVALUATION.empty()),
     "reward_against_kl": lambda: plots.reward_against_kl(POLICY_EVALUATION.empty()),
 }

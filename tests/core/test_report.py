@@ -28,11 +28,21 @@ def rm_rows(gain: float, seeds=(0, 1, 2), fingerprint: str = FINGERPRINT) -> pl.
                 p = 0.6 + (gain if model == "rm_density" and quartile == 1 else 0)
                 correct = float(luck < p) if gain else float(rng.random() < p)
                 rows.append(
-                    {"seed": seed, "model": model, "pair_id": f"pair{i}", "prompt_id": f"{i // 2}", "src": "hh",
-                     "decile": quartile * 2, "quartile": quartile, "reward_chosen": correct, "reward_rejected": 0.5,
-                     "correct": correct, "longer_chosen": float(i % 4 == 0), "fingerprint": fingerprint}
+                    {"seed": seed, "model": model, "set": "test", "pair_id": f"pair{i}", "prompt_id": f"{i // 2}",
+                     "src": "hh", "decile": quartile * 2, "quartile": quartile, "reward_chosen": correct,
+                     "reward_rejected": 0.5, "correct": correct, "chars_chosen": 8 if i % 4 == 0 else 6,
+                     "chars_rejected": 7, "fingerprint": fingerprint}
                 )  # fmt: skip
     return RM_EVALUATION.check(RM_EVALUATION.frame(rows))
+
+
+def with_longer_reply(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows, and those of the baseline that prefers the longer reply."""
+    longer = (pl.col("chars_chosen") > pl.col("chars_rejected")).cast(pl.Float64)
+    baseline = rows.filter(pl.col("model") == "rm_uniform").with_columns(
+        model=pl.lit("longer_reply"), reward_chosen=longer, reward_rejected=1 - longer, correct=longer
+    )
+    return pl.concat([rows, baseline])
 
 
 def policy_rows(gain: float, arms="abc", seeds=(0, 1, 2), base_seeds=(0, 1, 2)) -> pl.DataFrame:
@@ -89,8 +99,30 @@ def test_accuracy_difference_is_the_difference_of_the_accuracies():
 
 
 def test_longer_reply_is_a_baseline_of_the_accuracy():
-    accuracy = build_report(EXPERIMENT, rm_rows(0.2), NO_POLICIES).table["reward_model"]["accuracy"]
+    accuracy = build_report(EXPERIMENT, with_longer_reply(rm_rows(0.2)), NO_POLICIES).table["reward_model"]["accuracy"]
     assert accuracy["longer_reply"]["all"]["mean"] == 25
+
+
+def test_calibration_length_bias_and_agreement_stand_beside_the_accuracy():
+    section = build_report(EXPERIMENT, with_longer_reply(rm_rows(0.2)), NO_POLICIES).table["reward_model"]
+    assert set(section["metrics"]) == {"rm_uniform", "rm_density", "longer_reply"}
+    assert section["metrics"]["longer_reply"]["accuracy_longer_better"]["mean"] == 1
+    assert {(row["model"], row["other"]) for row in section["agreement"]} == {
+        ("rm_uniform", "rm_density"),
+        ("rm_uniform", "longer_reply"),
+        ("rm_density", "longer_reply"),
+    }
+
+
+def test_rows_of_further_sets_leave_the_verdict_alone():
+    own = rm_rows(0.2)
+    further = rm_rows(-0.5).with_columns(
+        set=pl.lit("bench"), src=pl.lit("chat"), decile=pl.lit(None, pl.Int64), quartile=pl.lit(None, pl.Int64)
+    )
+    with_set = build_report(EXPERIMENT, pl.concat([own, further]), NO_POLICIES).table
+    without = build_report(EXPERIMENT, own, NO_POLICIES).table
+    assert {row["set"] for row in with_set["reward_model"].pop("sets")} == {"bench"}
+    assert without["reward_model"].pop("sets") == [] and with_set == without
 
 
 def test_policy_gain_is_related_to_the_improvement_over_base():
@@ -178,14 +210,14 @@ def test_table_is_strict_json():
 
 
 def test_terminal_fits_110_columns():
-    text = build_report(EXPERIMENT, rm_rows(0.2), policy_rows(0.5, arms="abcd")).terminal()
+    text = build_report(EXPERIMENT, with_longer_reply(rm_rows(0.2)), policy_rows(0.5, arms="abcd")).terminal()
     assert max(map(len, text.splitlines())) <= 110
 
 
 def test_embedded_images_are_the_figures():
     report = build_report(EXPERIMENT, rm_rows(0.2), policy_rows(0.5))
     images = [base64.b64decode(x) for x in re.findall(r"data:image/png;base64,([^)]+)", report.embedded())]
-    assert images == list(report.figures.values()) and len(images) == 3
+    assert images == list(report.figures.values()) and len(images) == 4
 
 
 def test_written_report_links_the_figures_beside_it(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from densityrm_core import statistics
+from densityrm_core import bootstrap
 from densityrm_core.statistics import (
     Interval,
     bootstrap_column,
@@ -127,7 +127,7 @@ def test_blocks_of_prompts_leave_the_width_alone(monkeypatch):
     seeds, prompts = crossed(1, 4000)
     values = np.random.default_rng(5).normal(size=4000)
     whole = bootstrap_mean(values, seeds, prompts, 2000, seed=0)
-    monkeypatch.setattr(statistics, "_MAX_BLOCKS", 500)
+    monkeypatch.setattr(bootstrap, "_MAX_BLOCKS", 500)
     blocks = bootstrap_mean(values, seeds, prompts, 2000, seed=0)
     assert blocks.high - blocks.low == pytest.approx(whole.high - whole.low, rel=0.12)
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import dagster as dg
+import polars as pl
 import pytest
 
 from densityrm_core.experiment import Experiment
@@ -93,11 +94,27 @@ def test_rows_read_are_accounted_for(run: Run):
         assert metadata["candidate_pairs"].value == metadata["pairs"].value + metadata["rejects"].value > 0
 
 
-@pytest.mark.parametrize("asset", ["hypothesis_report", "density_weights", "policy_evaluation"])
+@pytest.mark.parametrize("asset", ["hypothesis_report", "density_weights", "policy_evaluation", "rm_evaluation"])
 def test_pictures_in_the_interface_stay_small(run: Run, asset: str):
     pictures = [v.md_str for v in run.metadata(asset).values() if isinstance(v, dg.MarkdownMetadataValue)]
     images = [part.split(")")[0] for text in pictures for part in text.split("data:image/png;base64,")[1:]]
     assert images and max(map(len, images)) < 100 * 1024 * 4 / 3
+
+
+def test_every_reward_model_and_baseline_is_evaluated_on_the_same_pairs(run: Run):
+    rows = pl.read_parquet(run.root / "tiny" / "tables" / "rm_evaluation" / "0.parquet")
+    pairs = rows.group_by("model").agg(pl.col("pair_id").sort().hash().sum())
+    assert set(pairs["model"]) == {"rm_uniform", "rm_density", "longer_reply", "shorter_reply", "bag_of_words"}
+    assert pairs["pair_id"].n_unique() == 1
+
+
+def test_the_card_of_reward_models_has_numbers_to_plot_and_tables_to_read(run: Run):
+    metadata = run.metadata("rm_evaluation")
+    numbers = {name for name, value in metadata.items() if isinstance(value, dg.FloatMetadataValue)}
+    assert {"rm_uniform_accuracy", "rm_density_rare_accuracy", "rm_density_ece", "bag_of_words_accuracy"} <= numbers
+    assert {"rm_uniform_log_loss", "longer_reply_accuracy", "reward_models_agreement"} <= numbers
+    tables = [name for name in ("metrics", "by_source", "by_decile", "agreement") if "bag of words" in metadata[name].md_str]
+    assert tables == ["metrics", "by_source", "by_decile", "agreement"]
 
 
 def test_the_report_is_written_with_its_figures(run: Run):

@@ -124,6 +124,21 @@ def test_partitions_are_files_of_their_own(tmp_path: Path):
     assert sorted(path.name for path in (tmp_path / "curve").iterdir()) == ["0.parquet", "1.parquet"]
 
 
+def test_a_partition_of_an_earlier_version_is_left_out_with_a_warning(tmp_path: Path):
+    manager = ParquetIOManager(folder=str(tmp_path))
+    for seed in ("0", "1"):
+        manager.handle_output(output(seed), FRAME)
+    FRAME.drop("value").write_parquet(tmp_path / "curve" / "1.parquet")
+    both = dg.build_input_context(
+        asset_key="curve",
+        upstream_output=output("0"),
+        dagster_type=dg.PythonObjectDagsterType(pl.DataFrame),
+        asset_partitions_def=dg.StaticPartitionsDefinition(["0", "1"]),
+        asset_partition_key_range=dg.PartitionKeyRange("0", "1"),
+    )
+    assert manager.load_input(both).equals(FRAME)
+
+
 def test_a_missing_table_says_what_to_materialize(tmp_path: Path):
     manager = ParquetIOManager(folder=str(tmp_path))
     with pytest.raises(dg.Failure, match=r"curve\.parquet does not exist: materialize curve first"):

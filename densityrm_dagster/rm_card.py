@@ -1,0 +1,71 @@
+"""What the evaluation of reward models shows: the main numbers, tables with intervals, and plots, baselines always beside."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+import polars as pl
+
+from densityrm_dagster.metadata import markdown_table, plot
+
+if TYPE_CHECKING:
+    from densityrm_core.evaluation_sets import EvaluationSet
+
+_NUMBERS = ("accuracy", "log_loss", "ece", "accuracy_shorter_better", "accuracy_longer_better", "margin_length")
+_CELL = 160
+
+
+def measurements(rows: pl.DataFrame, sets: "Sequence[EvaluationSet]", resamples: int) -> tuple[dict[str, Any], list[str]]:
+    """The card of RM_EVALUATION rows of one seed, and what the log should say: a line a model and a line a set."""
+    from densityrm_core import rm_plots, rm_tables
+    from densityrm_core.rm_comparison import agreement, measure_sets
+    from densityrm_core.rm_metrics import measure, reliability
+
+    measured, alike, further = measure(rows, resamples), agreement(rows, resamples), measure_sets(rows, resamples)
+    card: dict[str, Any] = {
+        **_numbers(measured, alike, further),
+        "metrics": _table(rm_tables.overview(measured)),
+        "by_quartile": _table(rm_tables.by_stratum(measured, "quartile")),
+        "by_source": _table(rm_tables.by_stratum(measured, "src")),
+        "by_decile": _table(rm_tables.by_stratum(measured, "decile")),
+        "agreement": _table(rm_tables.alike(alike)),
+        "accuracy_by_decile": plot(rm_plots.accuracy_by_decile(measured)),
+        "accuracy_by_source": plot(rm_plots.accuracy_by_source(measured)),
+        "reliability": plot(rm_plots.reliability_diagram(reliability(rows, resamples), measured)),
+    }
+    if sets:
+        card["sets"] = _table(rm_tables.sets(further))
+        card["set_files"] = dg.MetadataValue.md("\n".join(f"- {found}\n  - " + "\n  - ".join(found.files) for found in sets))
+    return card, [*_lines(measured), *(f"evaluation set {found}" for found in sets)]
+
+
+def _numbers(measured: pl.DataFrame, alike: pl.DataFrame, further: pl.DataFrame) -> dict[str, float]:
+    """Floats that Dagster plots from run to run."""
+    from densityrm_core.rm_comparison import MEAN_OF_SUBSETS
+
+    whole = measured.filter(pl.col("by") == "all", pl.col("metric").is_in(_NUMBERS))
+    rare = measured.filter(by="quartile", stratum="1", metric="accuracy")
+    between = alike.filter(model="rm_uniform", other="rm_density")
+    of_sets = further.filter(subset=MEAN_OF_SUBSETS, metric="accuracy")
+    named = [
+        *((f"{model}_{metric}", value) for model, metric, value in whole.select("model", "metric", "mean").iter_rows()),
+        *((f"{model}_rare_accuracy", value) for model, value in rare.select("model", "mean").iter_rows()),
+        *((f"reward_models_{metric}", value) for metric, value in between.select("metric", "mean").iter_rows()),
+        *((f"{model}_{name}_accuracy", value) for name, model, value in of_sets.select("set", "model", "mean").iter_rows()),
+    ]
+    return {name: value for name, value in named if value is not None}
+
+
+def _lines(measured: pl.DataFrame) -> list[str]:
+    from densityrm_core.rm_rows import interval_of, models_of
+
+    lines: list[str] = []
+    for model in models_of(measured):
+        whole = interval_of(measured, by="all", model=model, metric="accuracy")
+        rare = interval_of(measured, by="quartile", stratum="1", model=model, metric="accuracy")
+        lines.append(f"accuracy of {model}: {whole:.3f}" + (f", on the rare quartile {rare:.3f}" if rare else ""))
+    return lines
+
+
+def _table(frame: pl.DataFrame) -> dg.MarkdownMetadataValue:
+    return dg.MetadataValue.md(markdown_table(frame, _CELL))
