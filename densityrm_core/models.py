@@ -16,7 +16,7 @@ from densityrm_core.tokens import CHAT_TEMPLATE, Codec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CARD = "densityrm.json"
+CARD = "densityrm.json"
 _SPECIAL = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>")
 
 
@@ -115,15 +115,25 @@ def save_model(model: Any, codec: Codec, folder: Path, card: dict[str, Any]) -> 
     """Weights (safetensors), config, tokenizer, and a card of how the model came to be (densityrm.json)."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.pad_token_id = codec.pad
+    _make_room_for_padding(model, codec.pad)
     model.save_pretrained(folder)
     codec.tokenizer.save_pretrained(str(folder))
     limits = {"max_prompt_tokens": codec.max_prompt_tokens, "max_reply_tokens": codec.max_reply_tokens}
-    (folder / _CARD).write_text(json.dumps({**limits, **card}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(json.dumps({**limits, **card}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _make_room_for_padding(model: Any, pad: int) -> None:
+    """Give a reward model an embedding of a padding token that `load_tokenizer` added: others score padded rows with it."""
+    rows = model.get_input_embeddings().num_embeddings
+    if hasattr(model, "score") and pad >= rows:
+        model.resize_token_embeddings(pad + 1, mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[rows:] = 0
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
     """What `save_model` noted about a model."""
-    path = Path(folder) / _CARD
+    path = Path(folder) / CARD
     if not path.exists():
         raise ModelError(f"{path} is missing: {folder} was not written by densityrm")
     return json.loads(path.read_text(encoding="utf-8"))
