@@ -88,7 +88,7 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
             )
             save_model(model, codec, folder, {"settings": settings.model_dump(mode="json"), "sampling": sampling, "seed": seed})
             final = {metric: training.watch.last(metric) for metric in ("eval/accuracy", "eval/loss", "eval/margin")}
-            card = training.finish(folder, final, ["train/accuracy", "eval/accuracy"])
+            card = training.finish(folder, final, ["train/accuracy", "eval/accuracy"]) | training.register(folder)
         yield folder_output(folder, {**card, "training_pairs": train.height, "truncated_texts": codec.truncated})
         losses = training.watch.frame().filter(pl.col("metric").str.ends_with("loss"))["value"]
         yield dg.AssetCheckResult(

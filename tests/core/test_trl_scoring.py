@@ -32,9 +32,7 @@ def trl_rewards(folder: Path, output: Path) -> list[float]:
         model=load_causal_lm(policy),
         processing_class=load_tokenizer(policy),
         reward_funcs=str(folder),
-        args=trl.GRPOConfig(
-            str(output), use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=2, num_generations=2
-        ),
+        args=trl.GRPOConfig(str(output), use_cpu=True, bf16=False, report_to=[], **few),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
     )
     inputs: list[dict[str, Any]] = [{"prompt": prompt} for prompt in PROMPTS]
