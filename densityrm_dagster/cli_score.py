@@ -51,7 +51,7 @@ def score(
         with write_to as write:
             _score(lines, scorer, tally, write)
         seconds = time.monotonic() - started
-        print(_summary(tally, scorer.codec.truncated, seconds), file=sys.stderr)
+    print(_summary(tally, scorer.codec.truncated, seconds), file=sys.stderr)
     raise typer.Exit(1 if tally.errors else 0)
 
 
@@ -64,6 +64,7 @@ def _score(rows: "Iterator[RawRow]", scorer: "Scorer", tally: "Tally", write: Ca
         if sys.stderr.isatty() and time.monotonic() - said > _SAY_EVERY_S:
             said = time.monotonic()
             print(f"\r\x1b[K{tally.rows:,} lines, {tally.rows / (said - started):,.0f}/s", end="", file=sys.stderr, flush=True)
+    _clear()
 
 
 def _scorer(folder: Path) -> "Scorer":
@@ -143,8 +144,7 @@ def _one_line_errors() -> Iterator[None]:
         try:
             yield
         finally:
-            if sys.stderr.isatty():
-                print("\r\x1b[K", end="", file=sys.stderr)
+            _clear()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
         raise typer.Exit(1) from None
@@ -157,3 +157,9 @@ def _one_line_errors() -> Iterator[None]:
                 raise
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+def _clear() -> None:
+    """Remove the line of progress, if a person sees one."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
