@@ -17,7 +17,7 @@ from densityrm_core.tokens import CHAT_TEMPLATE, Codec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CARD = "densityrm.json"
+CARD = "densityrm.json"
 _SPECIAL = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>")
 
 
@@ -146,12 +146,12 @@ def save_model(model: Any, codec: Codec, folder: Path, card: dict[str, Any], ran
     model.save_pretrained(folder, state_dict=weights)
     codec.tokenizer.save_pretrained(str(folder))
     limits = {"max_prompt_tokens": codec.max_prompt_tokens, "max_reply_tokens": codec.max_reply_tokens}
-    (folder / _CARD).write_text(json.dumps({**limits, **card}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(json.dumps({**limits, **card}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
     """What `save_model` noted about a model."""
-    path = Path(folder) / _CARD
+    path = Path(folder) / CARD
     if not path.exists():
         raise ModelError(f"{path} is missing: {folder} was not written by densityrm")
     return json.loads(path.read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from densityrm_dagster.io_managers import FolderIOManager, ParquetIOManager
 from densityrm_dagster.jobs import build_jobs
 from densityrm_dagster.launch import guarded_experiment
 from densityrm_dagster.mlflow_resource import MLflowTracker
-from densityrm_dagster.services import urls
+from densityrm_dagster.services import tracking_uri, urls
 from densityrm_dagster.terminal import terminal_logger
 
 
@@ -47,7 +47,7 @@ def build_definitions(experiment: Experiment, root: Path | None = None) -> dg.De
             "folders": FolderIOManager(folder=str(state / "models")),
             "reports": FolderIOManager(folder=str(state / "reports")),
             "mlflow": MLflowTracker(
-                tracking_uri=f"sqlite:///{root / 'mlflow' / 'mlflow.db'}",
+                tracking_uri=tracking_uri(root),
                 artifacts=str(root / "mlflow" / "artifacts"),
                 ui_url=address.mlflow,
                 dagster_url=address.dagster,

@@ -12,6 +12,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError  # what Ctrl-C
 from densityrm_core.experiment import Experiment, ExperimentError, home, load_experiment
 from densityrm_core.storage import lock
 from densityrm_dagster.cli_data import explain, export_nanochat, import_nanochat, inspect
+from densityrm_dagster.cli_score import score
 from densityrm_dagster.services import prepare_home
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Does sampling preference pairs by 1/density help?")
@@ -81,7 +82,7 @@ def up() -> None:
     raise typer.Exit(serve(home(), in_use))
 
 
-for command in (inspect, explain, export_nanochat, import_nanochat):
+for command in (inspect, explain, export_nanochat, import_nanochat, score):
     app.command()(command)
 
 

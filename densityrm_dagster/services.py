@@ -35,6 +35,11 @@ def urls() -> Addresses:
     return Addresses(f"http://127.0.0.1:{dagster}", f"http://127.0.0.1:{mlflow}", dagster, mlflow)
 
 
+def tracking_uri(root: Path) -> str:
+    """MLflow's database of a state folder."""
+    return f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
+
+
 def prepare_home(root: Path, experiment: str) -> int:
     """Create an experiment's state with a Dagster instance of its own, and point this process and its children at them.
 
@@ -55,6 +60,8 @@ def prepare_home(root: Path, experiment: str) -> int:
     os.environ.setdefault("MPLCONFIGDIR", str(root / "cache" / "matplotlib"))
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")  # registered models are code and safetensors
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     in_use = os.open(instance / "in-use.lock", os.O_RDWR | os.O_CREAT, 0o644)
     alone = lock(in_use)
     with FileLock(instance / "create.lock"), dg.DagsterInstance.get() as opened:

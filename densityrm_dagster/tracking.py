@@ -12,6 +12,7 @@ from densityrm_core import plots
 from densityrm_core.experiment import ComputeSettings, Experiment, Settings
 from densityrm_dagster.metadata import plot
 from densityrm_dagster.mlflow_resource import MirroredRun, MLflowTracker
+from densityrm_dagster.registry import register_reward_model
 
 if TYPE_CHECKING:
     from densityrm_core.training import Plan
@@ -63,6 +64,10 @@ class Training:
             "curves": plot(plots.curves(frame, curves, f"{self._unit} seen")),
             **self._mirror.metadata(),
         }
+
+    def register(self, folder: Path) -> dict[str, Any]:
+        """Make the finished reward model a version in MLflow's registry; what the report card says of it."""
+        return register_reward_model(self._mirror, folder)
 
 
 @contextlib.contextmanager

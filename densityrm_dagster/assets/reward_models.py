@@ -88,7 +88,7 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
             trained = train_reward_model(task, training.watch)
             card = {"settings": settings.model_dump(mode="json"), "sampling": sampling, "seed": seed, "step": trained.step}
             save_model(trained.model, trained.codec, folder, card)
-            shown = training.finish(folder, trained.metrics, ["train/accuracy", "eval/accuracy"])
+            shown = training.finish(folder, trained.metrics, ["train/accuracy", "eval/accuracy"]) | training.register(folder)
         counts = {"training_pairs": train.height, "truncated_texts": trained.codec.truncated, "kept_step": trained.step}
         yield folder_output(folder, {**shown, **counts})
         losses = training.watch.frame().filter(pl.col("metric").str.ends_with("loss"))["value"]

@@ -1,0 +1,112 @@
+"""A reward model ready to score conversations: one of ours, or any decoder with a scalar head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from densityrm_core.models import CARD, ModelError, load_codec, load_reward_model, load_tokenizer
+from densityrm_core.packing import Group
+from densityrm_core.scoring import score_groups
+from densityrm_core.tokens import CHAT_TEMPLATE, Codec, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LONGEST = 8192  # tokens of prompt and reply together, where neither a card nor the model says less
+_HEAD = "ForSequenceClassification"
+
+
+class ConversationError(ValueError):
+    """A conversation that the model's chat template does not take."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward model in evaluation mode with its codec, and what a person should know of how it reads."""
+
+    model: Any
+    codec: Codec
+    notes: tuple[str, ...] = ()
+
+    def group(self, context: Sequence[Turn], replies: Sequence[str]) -> Group:
+        """Ids of a context and of replies to it, as in training: a reply is text as given, closed by end-of-sequence.
+
+        Raises:
+            ConversationError: the chat template refuses the context, or makes no token of it.
+        """
+        try:
+            prompt = self.codec.prompt(context)
+        except TemplateError as error:
+            raise ConversationError(f"the model's chat template does not take this prompt: {error}") from None
+        if not prompt:
+            raise ConversationError("the model's chat template makes no token of this prompt")
+        return prompt, [self.codec.reply(reply) for reply in replies]
+
+    def rewards(self, groups: Sequence[Group]) -> list[list[float]]:
+        """Rewards of the replies of every group, in order; the same reply twice has the same reward to the last bit."""
+        flat = iter(score_groups(self.model, [prompt for prompt, _ in groups], [replies for _, replies in groups]).tolist())
+        found: list[list[float]] = []
+        for _, replies in groups:
+            first: dict[tuple[int, ...], float] = {}
+            found.append([first.setdefault(tuple(reply), reward) for reply, reward in zip(replies, flat, strict=False)])
+        return found
+
+    def score(self, contexts: Sequence[Sequence[Turn]], replies: Sequence[str]) -> list[float]:
+        """Reward of one reply to every context. Raises ConversationError."""
+        groups = [self.group(context, [reply]) for context, reply in zip(contexts, replies, strict=True)]
+        return [reward for (reward,) in self.rewards(groups)]
+
+
+def load_scorer(folder: str | Path, device: str = "cpu") -> Scorer:
+    """The reward model in a Hugging Face folder. One that densityrm did not write is cut to lengths that its config allows.
+
+    Raises:
+        ModelError: the folder holds no decoder with one scalar head.
+    """
+    _check_config(folder)
+    model = load_reward_model(folder, device).eval()
+    if not hasattr(model, "score"):
+        raise ModelError(f"{folder}: a {type(model).__name__} has no head `score` at the last token; only decoders are read here")
+    if Path(folder, CARD).exists():
+        return Scorer(model, load_codec(folder))
+    tokenizer = load_tokenizer(folder)
+    most = _positions(tokenizer, model.config)
+    codec = Codec(tokenizer, most // 2, most - most // 2)
+    notes = [
+        f"{folder} has no {CARD}: prompts keep their last {codec.max_prompt_tokens:,} tokens, "
+        f"replies their first {codec.max_reply_tokens:,}"
+    ]
+    if tokenizer.chat_template == CHAT_TEMPLATE:
+        notes.append(f"{folder} has no chat template: turns are written as <|user|>...<|assistant|>...")
+    return Scorer(model, codec, tuple(notes))
+
+
+def _check_config(folder: str | Path) -> None:
+    """Raise ModelError for what transformers would load without a word, but with a head that nobody trained."""
+    from transformers import AutoConfig
+
+    if not Path(folder, "config.json").is_file():
+        raise ModelError(f"{folder} is no model: there is no config.json; give the folder of a reward model")
+    try:
+        config: Any = AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: its config.json cannot be read: {str(error).strip().splitlines()[0]}") from error
+    classes: list[str] = config.architectures or []
+    if not any(name.endswith(_HEAD) for name in classes):
+        raise ModelError(
+            f"{folder} is no reward model: it holds a {', '.join(classes) or 'model of no known class'}, not a …{_HEAD}"
+        )
+    if config.num_labels != 1:
+        raise ModelError(f"{folder} is no reward model: it has {config.num_labels} labels, and a reward is one")
+
+
+def _positions(tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
+    """Tokens of prompt and reply together that both the tokenizer and the model allow."""
+    limits = (tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None), _LONGEST)
+    return int(min(limit for limit in limits if limit and limit > 0 and math.isfinite(limit)))

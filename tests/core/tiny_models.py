@@ -1,0 +1,27 @@
+"""Models of a few thousand weights, made in a moment."""
+
+from pathlib import Path
+
+from densityrm_core.experiment import BaseModelSettings
+from densityrm_core.models import new_reward_model, save_model, scratch_model
+from densityrm_core.tokens import Codec
+
+TEXTS = ["How do I fix my bicycle?", "Sure, oil it. Then ride it.", "No. Why would you ask that?", "Is a tomato a fruit?"]
+MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS = 48, 32
+
+
+def tiny_language_model(folder: Path) -> Path:
+    """An untrained language model with its tokenizer."""
+    settings = BaseModelSettings(vocab_size=300, hidden_size=32, layers=2)
+    model, tokenizer = scratch_model(TEXTS * 5, settings)
+    save_model(model, Codec(tokenizer, MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS), folder, {})
+    return folder
+
+
+def tiny_reward_model(folder: Path, base: Path | None = None) -> Path:
+    """A reward model with a random head on `base`."""
+    from densityrm_core.models import load_codec
+
+    base = base or tiny_language_model(folder / "base")
+    save_model(new_reward_model(base, seed=0), load_codec(base), folder / "rm", {})
+    return folder / "rm"
