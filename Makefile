@@ -43,6 +43,7 @@ lint: venv
 	$(BIN)/lint-imports
 
 bench: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[offline,dev,bench]"
 	$(BIN)/python -m benchmarks.all
 
 clean:

@@ -1,0 +1,210 @@
+"""Our reward-model training step beside TRL's RewardTrainer: same pairs, weights, precision, threads, optimizer kind.
+
+Four sides, each a process of its own, do one step in turn, so that whatever else the machine does meets all of them:
+
+- `trl_defaults`: gradient checkpointing on, pairs in a random order;
+- `trl_tuned`: no checkpointing, batches of pairs of like length, as `group_by_length` makes them (the option itself fails in
+  RewardTrainer, which drops the column of lengths);
+- `trl_micro`: besides, four micro-batches of 4 pairs of like length instead of one of 16, so that still less is padding;
+- `ours`: densityrm_core's own step, pairs in a random order, the one of `trl_defaults`.
+
+All sides have seen the same pairs after the last step. The last line is a JSON object: `ratio_vs_defaults` (TRL's seconds / ours,
+the median over the steps, each of the same 16 pairs), `ratio_vs_tuned`, `ratio_vs_micro` (of the seconds of all steps together),
+`cpu_ratio_vs_...` (the same of CPU seconds, which a busy machine disturbs less), `peak_rss_ratio` (ours / TRL's defaults, which
+take the least of `trl_defaults` and `trl_tuned`), `loss_difference` (relative, first step), and a side's own figures, or null for
+a side that `failed`, with the reason.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.trl_work import SHAPES, IdPair, cpu_name, new_reward_model, new_tokenizer, real_pairs, tokenize
+from benchmarks.turns import Side, Step, Turns
+
+PAIRS, LONGEST, WARM_UP, LEARNING_RATE = 16, 512, 2, 1e-4
+SIDES = ("trl_defaults", "trl_tuned", "trl_micro", "ours")
+STEPS = {"5m": 12, "47m": 6, "135m": 4}
+
+
+def main() -> None:
+    asked = _arguments()
+    steps = asked.steps or STEPS[asked.model]
+    texts = real_pairs()
+    tokenizer = new_tokenizer(texts)
+    warm_up, timed = _batches(tokenize(texts, tokenizer, LONGEST), steps)
+    mixed, grouped = warm_up + random.Random(0).sample(timed, len(timed)), warm_up + timed
+    precision = _precision() if asked.precision == "auto" else asked.precision
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        sides: dict[str, Side] = {}
+        for name in asked.sides:
+            pairs = mixed if name in ("trl_defaults", "ours") else grouped
+            sides[name] = Side(_run, name, pairs, asked.model, folder, precision, asked.threads)
+        for _ in range(WARM_UP + steps):
+            for side in sides.values():
+                side.step()
+        for side in sides.values():
+            side.end()
+    about = {"model": asked.model, "precision": precision, "threads": asked.threads, "steps": steps, "cpu": cpu_name()}
+    print(json.dumps({**_compare(sides), **about}))
+
+
+def _batches(pairs: list[IdPair], steps: int) -> tuple[list[IdPair], list[IdPair]]:
+    """Pairs to warm up with, and those of evenly spaced batches of all pairs in the order of their length, the shortest first."""
+    by_length = sorted(pairs, key=lambda pair: max(map(len, pair)))
+    batches = [by_length[at : at + PAIRS] for at in range(0, len(by_length) - PAIRS + 1, PAIRS)]
+    chosen = [batches[int((number + 0.5) * len(batches) / steps)] for number in range(steps)]
+    return pairs[: WARM_UP * PAIRS], [pair for batch in chosen for pair in batch]
+
+
+def _compare(sides: dict[str, Side]) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    timed = {name: side.steps[WARM_UP:] for name, side in sides.items() if not side.failed}
+    ours, defaults = timed.get("ours"), timed.get("trl_defaults")
+    for name in ("defaults", "tuned", "micro"):
+        theirs = timed.get(f"trl_{name}")
+        if f"trl_{name}" in sides:
+            paired = name == "defaults"  # the same 16 pairs at every step
+            report[f"ratio_vs_{name}"] = theirs and ours and round(_ratio(theirs, ours, "wall", paired), 2)
+            report[f"cpu_ratio_vs_{name}"] = theirs and ours and round(_ratio(theirs, ours, "cpu", paired), 2)
+    if ours and defaults:
+        report["peak_rss_ratio"] = round(ours[-1].peak / defaults[-1].peak, 2)
+        first, their_first = (sides[name].steps[0].loss for name in ("ours", "trl_defaults"))
+        report["loss_difference"] = abs(first - their_first) / their_first
+    for name, side in sides.items():
+        report[name] = None if side.failed else _figures(timed[name])
+    return {**report, "failed": {name: side.failed for name, side in sides.items() if side.failed}}
+
+
+def _ratio(theirs: list[Step], ours: list[Step], of: str, paired: bool) -> float:
+    them, us = ([getattr(step, of) for step in steps] for steps in (theirs, ours))
+    return statistics.median(t / u for t, u in zip(them, us, strict=True)) if paired else sum(them) / sum(us)
+
+
+def _figures(steps: list[Step]) -> dict[str, float]:
+    return {
+        "pairs_per_s": round(PAIRS * len(steps) / sum(step.wall for step in steps), 2),
+        "median_step_s": round(statistics.median(step.wall for step in steps), 3),
+        "median_step_cpu_s": round(statistics.median(step.cpu for step in steps), 3),
+        "peak_rss_mib": round(steps[-1].peak / 2**20),
+    }
+
+
+def _run(turns: Turns, side: str, pairs: list[IdPair], shape: str, folder: str, precision: str, threads: int) -> None:
+    """All the steps of one side, in its own process."""
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    torch.set_num_threads(threads)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model = new_reward_model(shape, tokenizer)
+    if side == "ours":
+        _train_ours(turns, model, pairs, precision)
+    else:
+        _train_trl(turns, model, tokenizer, pairs, precision, side, folder)
+
+
+def _train_ours(turns: Turns, model: Any, pairs: list[IdPair], precision: str) -> None:
+    """densityrm_core's own loop and loss."""
+    import torch
+
+    from densityrm_core.experiment import RewardModelSettings
+    from densityrm_core.packing import split_by_tokens
+    from densityrm_core.reward_model import _loss
+    from densityrm_core.scoring import PreferenceTokens
+    from densityrm_core.training import Part, Plan, Watch, optimize
+
+    settings = RewardModelSettings(pairs_per_step=PAIRS, center_rewards=0, weight_decay=0)
+    groups = [PreferenceTokens(*_split(chosen, rejected)).group for chosen, rejected in pairs]
+    losses: list[float] = []
+
+    def parts_at(step: int) -> Iterator[Part]:
+        turns.begin()
+        losses.clear()
+        batch = groups[step * PAIRS : (step + 1) * PAIRS]
+        for part in split_by_tokens(batch, settings.tokens_per_batch):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss, metrics = _loss(model, [batch[i] for i in part], settings)
+            losses.append(loss.item())
+            yield loss, metrics
+
+    optimize(model, Plan(len(pairs) // PAIRS, PAIRS, LEARNING_RATE), Watch(), parts_at, lambda step: turns.end(sum(losses)))
+
+
+def _split(chosen: list[int], rejected: list[int]) -> tuple[list[int], list[int], list[int]]:
+    """What two sequences have in common at their beginning, and the rest of each, which is never empty."""
+    common = len(os.path.commonprefix([chosen[:-1], rejected[:-1]]))
+    return chosen[:common], chosen[common:], rejected[common:]
+
+
+def _train_trl(turns: Turns, model: Any, tokenizer: Any, pairs: list[IdPair], precision: str, side: str, folder: str) -> None:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import RewardConfig, RewardTrainer
+
+    losses: list[float] = []
+
+    class InTurn(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            turns.begin()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            turns.end(losses[0])
+
+    class Trainer(RewardTrainer):
+        def compute_loss(self, *arguments: Any, **named: Any) -> Any:
+            loss = super().compute_loss(*arguments, **named)
+            losses.append(float(loss.detach()))
+            return loss
+
+    micro = 4 if side == "trl_micro" else 1
+    trainer = Trainer(
+        model=model,
+        args=RewardConfig(
+            output_dir=folder,
+            max_length=LONGEST,
+            per_device_train_batch_size=PAIRS // micro,
+            gradient_accumulation_steps=micro,
+            max_steps=len(pairs) // PAIRS,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            train_sampling_strategy="sequential",
+            gradient_checkpointing=side == "trl_defaults",
+            bf16=precision == "bf16",
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            seed=0,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list([{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in pairs]),
+        processing_class=tokenizer,
+        callbacks=[InTurn()],
+    )
+    trainer.train()
+
+
+def _precision() -> str:
+    from densityrm_core.hardware import fast_bfloat16
+
+    return "bf16" if fast_bfloat16() else "fp32"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="5m", choices=SHAPES)
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, help=f"timed steps, by default {STEPS}")
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
