@@ -1,34 +1,36 @@
 """Our reward-model training step beside TRL's RewardTrainer: same pairs, weights, precision, threads, optimizer kind.
 
-Four sides, each a process of its own, do one step in turn, so that whatever else the machine does meets all of them:
+Five sides, each a process of its own, do one step in turn, so that whatever else the machine does meets all of them:
 
 - `trl_defaults`: gradient checkpointing on, pairs in a random order;
-- `trl_tuned`: no checkpointing, batches of pairs of like length, as `group_by_length` makes them (the option itself fails in
-  RewardTrainer, which drops the column of lengths);
+- `trl_stock`: no checkpointing, the fastest that TRL does as it is;
+- `trl_tuned`: besides, batches of pairs of like length, those that `group_by_length` makes of the whole split (the option itself
+  fails in RewardTrainer, which drops the column of lengths);
 - `trl_micro`: besides, four micro-batches of 4 pairs of like length instead of one of 16, so that still less is padding;
 - `ours`: densityrm_core's own step, pairs in a random order, the one of `trl_defaults`.
 
-All sides have seen the same pairs after the last step. The last line is a JSON object: `ratio_vs_defaults` (TRL's seconds / ours,
-the median over the steps, each of the same 16 pairs), `ratio_vs_tuned`, `ratio_vs_micro` (of the seconds of all steps together),
-`cpu_ratio_vs_...` (the same of CPU seconds, which a busy machine disturbs less), `peak_rss_ratio` (ours / TRL's defaults, which
-take the least of `trl_defaults` and `trl_tuned`), `loss_difference` (relative, first step), and a side's own figures, or null for
-a side that `failed`, with the reason.
+All sides have seen the same pairs after the last step. The last line is a JSON object: `ratio_vs_defaults` and `ratio_vs_stock`
+(TRL's seconds / ours, the median over the steps, each of the same 16 pairs), `ratio_vs_tuned` and `ratio_vs_micro` (of the
+seconds of all steps together), `cpu_ratio_vs_...` (the same of CPU seconds, which a busy machine disturbs less), `peak_rss_ratio`
+(ours / `trl_defaults`, which take less than `trl_tuned`), `loss_difference` (relative, first step), and every side's own figures,
+or null for a side that `failed`, with the reason.
 """
 
 import argparse
 import json
-import os
 import random
 import statistics
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from benchmarks.trl_work import SHAPES, IdPair, cpu_name, new_reward_model, new_tokenizer, real_pairs, tokenize
 from benchmarks.turns import Side, Step, Turns
 
 PAIRS, LONGEST, WARM_UP, LEARNING_RATE = 16, 512, 2, 1e-4
-SIDES = ("trl_defaults", "trl_tuned", "trl_micro", "ours")
+SIDES = ("trl_defaults", "trl_stock", "trl_tuned", "trl_micro", "ours")
 STEPS = {"5m": 12, "47m": 6, "135m": 4}
 
 
@@ -44,7 +46,7 @@ def main() -> None:
         tokenizer.save_pretrained(folder)
         sides: dict[str, Side] = {}
         for name in asked.sides:
-            pairs = mixed if name in ("trl_defaults", "ours") else grouped
+            pairs = grouped if name in ("trl_tuned", "trl_micro") else mixed
             sides[name] = Side(_run, name, pairs, asked.model, folder, precision, asked.threads)
         for _ in range(WARM_UP + steps):
             for side in sides.values():
@@ -56,21 +58,25 @@ def main() -> None:
 
 
 def _batches(pairs: list[IdPair], steps: int) -> tuple[list[IdPair], list[IdPair]]:
-    """Pairs to warm up with, and those of evenly spaced batches of all pairs in the order of their length, the shortest first."""
-    by_length = sorted(pairs, key=lambda pair: max(map(len, pair)))
-    batches = [by_length[at : at + PAIRS] for at in range(0, len(by_length) - PAIRS + 1, PAIRS)]
-    chosen = [batches[int((number + 0.5) * len(batches) / steps)] for number in range(steps)]
-    return pairs[: WARM_UP * PAIRS], [pair for batch in chosen for pair in batch]
+    """Pairs to warm up with, and evenly spaced ones of the batches that `group_by_length` makes of all pairs, short to long."""
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    lengths = [max(map(len, pair)) for pair in pairs]
+    order = get_length_grouped_indices(lengths, PAIRS, generator=torch.Generator().manual_seed(0))
+    batches = [order[at : at + PAIRS] for at in range(0, len(order) - PAIRS + 1, PAIRS)]
+    batches.sort(key=lambda batch: max(lengths[i] for i in batch))
+    spaced = [batches[int((number + 0.5) * len(batches) / steps)] for number in range(steps)]
+    return pairs[: WARM_UP * PAIRS], [pairs[i] for batch in spaced for i in batch]
 
 
 def _compare(sides: dict[str, Side]) -> dict[str, Any]:
     report: dict[str, Any] = {}
     timed = {name: side.steps[WARM_UP:] for name, side in sides.items() if not side.failed}
     ours, defaults = timed.get("ours"), timed.get("trl_defaults")
-    for name in ("defaults", "tuned", "micro"):
+    for name in ("defaults", "stock", "tuned", "micro"):
         theirs = timed.get(f"trl_{name}")
         if f"trl_{name}" in sides:
-            paired = name == "defaults"  # the same 16 pairs at every step
+            paired = name in ("defaults", "stock")  # the same 16 pairs at every step
             report[f"ratio_vs_{name}"] = theirs and ours and round(_ratio(theirs, ours, "wall", paired), 2)
             report[f"cpu_ratio_vs_{name}"] = theirs and ours and round(_ratio(theirs, ours, "cpu", paired), 2)
     if ours and defaults:
@@ -78,7 +84,7 @@ def _compare(sides: dict[str, Side]) -> dict[str, Any]:
         first, their_first = (sides[name].steps[0].loss for name in ("ours", "trl_defaults"))
         report["loss_difference"] = abs(first - their_first) / their_first
     for name, side in sides.items():
-        report[name] = None if side.failed else _figures(timed[name])
+        report[name] = None if side.failed else {**_figures(timed[name]), "first_loss": side.steps[0].loss}
     return {**report, "failed": {name: side.failed for name, side in sides.items() if side.failed}}
 
 
@@ -98,7 +104,6 @@ def _figures(steps: list[Step]) -> dict[str, float]:
 
 def _run(turns: Turns, side: str, pairs: list[IdPair], shape: str, folder: str, precision: str, threads: int) -> None:
     """All the steps of one side, in its own process."""
-    import torch
     from transformers import PreTrainedTokenizerFast
 
     torch.set_num_threads(threads)
@@ -112,8 +117,6 @@ def _run(turns: Turns, side: str, pairs: list[IdPair], shape: str, folder: str, 
 
 def _train_ours(turns: Turns, model: Any, pairs: list[IdPair], precision: str) -> None:
     """densityrm_core's own loop and loss."""
-    import torch
-
     from densityrm_core.experiment import RewardModelSettings
     from densityrm_core.packing import split_by_tokens
     from densityrm_core.reward_model import _loss
@@ -139,7 +142,8 @@ def _train_ours(turns: Turns, model: Any, pairs: list[IdPair], precision: str) -
 
 def _split(chosen: list[int], rejected: list[int]) -> tuple[list[int], list[int], list[int]]:
     """What two sequences have in common at their beginning, and the rest of each, which is never empty."""
-    common = len(os.path.commonprefix([chosen[:-1], rejected[:-1]]))
+    same = [one == other for one, other in zip(chosen[:-1], rejected[:-1], strict=False)]
+    common = [*same, False].index(False)
     return chosen[:common], chosen[common:], rejected[common:]
 
 

@@ -1,47 +1,82 @@
 """Attention over packed rows, for unmodified Hugging Face decoders: registered with transformers under a name of its own.
 
-All tokens of a batch stand in one row. Neighbouring groups form spans of some hundred tokens, each one call of PyTorch's
-attention under a mask that lets a branch see its prompt and itself. So linear layers run on the distinct tokens and nothing else,
-and attention is quadratic in a span, not in the batch.
+All tokens of a batch stand in one row, and one rule says who sees whom: a token sees the prompt of its group and its own branch,
+up to itself. On CPUs neighbouring groups form spans of some hundred tokens, each one call of PyTorch's attention under the rule's
+mask, so linear layers run on the distinct tokens and nothing else, and attention is quadratic in a span, not in the batch. On
+CUDA the rule is the mask of FlexAttention [Dong et al. 2024], which skips blocks that nobody sees; there it has not been run: the
+tests compare the rule and its plumbing with the spans on the CPU, forward.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "densityrm_packed"
 _SPAN = 128  # tokens of neighbouring groups that share one call; a larger group has a call of its own
+_ATTENTION = ("self_attn", "attn")
+# What a decoder layer computes of every token by itself, but for keys and values: Llama's, Qwen's and NanoChat's names, GPT-2's
+_TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "attn.c_proj")
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """The rows whose output is wanted of one layer, in ascending order."""
+
+    attention: nn.Module  # of the layer
+    rows: Tensor  # (k,) int64
+    sizes: tuple[int, ...]  # of them in each span
+    masks: tuple[Tensor, ...]  # (of them, n) of each span
+    blocks: BlockMask | None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Spans of a packed row: `sizes`, their tokens; `masks`, (n, n) float32 each, 0 where a token may look, -inf elsewhere."""
+    """Spans of a packed row of T tokens: `sizes`, their tokens; `masks`, (n, n) float32 each, 0 where a token may look, or -inf.
+
+    With `blocks`, the same for FlexAttention, the spans are not used. `narrow`: of the last layer, these rows only.
+    """
 
     sizes: tuple[int, ...]
     masks: tuple[Tensor, ...]
+    group: Tensor  # (T,) int64
+    branch: Tensor  # (T,) int64, 0 in a prompt, from 1 in the branches
+    blocks: BlockMask | None = None
+    narrow: Narrow | None = None
 
 
 def lay_out(groups: Sequence[tuple[int, Sequence[int]]], device: torch.device | str = "cpu") -> Layout:
     """The layout of groups given as (tokens of the prompt, tokens of each branch), in order."""
-    spans: list[list[tuple[int, Sequence[int]]]] = []
+    sizes: list[int] = []
     room = 0
     for prompt, branches in groups:
         size = prompt + sum(branches)
-        if not spans or size > room:
-            spans.append([])
+        if not sizes or size > room:
+            sizes.append(0)
             room = _SPAN
-        spans[-1].append((prompt, branches))
+        sizes[-1] += size
         room -= size
-    masks = [_mask(span) for span in spans]
-    return Layout(tuple(len(mask) for mask in masks), tuple(mask.to(device) for mask in masks))
+    runs = [(number, place, size) for number, (p, bs) in enumerate(groups) for place, size in enumerate((p, *bs))]
+    group, branch, lengths = torch.tensor(runs, dtype=torch.long).reshape(-1, 3).T
+    group, branch = group.repeat_interleave(lengths), branch.repeat_interleave(lengths)
+    if torch.device(device).type == "cuda":
+        return with_blocks(Layout(tuple(sizes), (), group.to(device), branch.to(device)))
+    masks = [_mask(*ids) for ids in zip(group.split(sizes), branch.split(sizes), strict=True)]
+    return Layout(tuple(sizes), tuple(mask.to(device) for mask in masks), group.to(device), branch.to(device))
+
+
+def with_blocks(layout: Layout) -> Layout:
+    """The layout for FlexAttention."""
+    return replace(layout, blocks=_blocks(layout))
 
 
 @contextlib.contextmanager
@@ -58,6 +93,43 @@ def packed_attention(*modules: Any) -> Generator[None]:
             config._attn_implementation = name
 
 
+@contextlib.contextmanager
+def narrowed(layer: nn.Module, layout: Layout, rows: Tensor) -> Generator[Layout]:
+    """Within, the last layer, given the layout of here, computes these rows of its output only; the others are meaningless.
+
+    Keys and values are computed of every token, queries, attention, output projection and MLP of the rows alone: exact, and of
+    L layers it saves nearly one. The layer's modules are found by their names; what has another name is computed as ever.
+    """
+    modules = dict(layer.named_modules())
+    rows = rows.unique()
+    hooks: list[Any] = []
+
+    def select(_module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return given[0].index_select(1, rows), *given[1:]
+
+    def spread(_module: nn.Module, _given: Any, done: Any) -> Tensor:
+        return _spread(done, rows, len(layout.group))
+
+    try:
+        for module in [modules[name] for name in _TOKENWISE if name in modules]:
+            hooks += [module.register_forward_pre_hook(select), module.register_forward_hook(spread)]
+        attention = next((modules[name] for name in _ATTENTION if name in modules), None)
+        yield layout if attention is None else replace(layout, narrow=_narrow(attention, layout, rows))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _narrow(attention: nn.Module, layout: Layout, rows: Tensor) -> Narrow:
+    if layout.blocks is not None:
+        return Narrow(attention, rows, (), (), _blocks(layout, rows))
+    ends = torch.tensor(layout.sizes, device=rows.device).cumsum(0)
+    sizes = torch.searchsorted(ends, rows, right=True).bincount(minlength=len(ends)).tolist()
+    starts = [0, *ends.tolist()]
+    masks = [mask[part - start] for mask, part, start in zip(layout.masks, rows.split(sizes), starts, strict=False)]
+    return Narrow(attention, rows, tuple(sizes), tuple(masks), None)
+
+
 @torch.compiler.disable
 def _attend(
     module: Any,
@@ -71,26 +143,71 @@ def _attend(
     layout: Layout,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Query (1, heads, T, d), key and value (1, kv heads, T, d) -> (1, T, heads, d). One split: slices cost a copy each, back."""
+    """Query (1, heads, T, d), key and value (1, kv heads, T, d) -> (1, T, heads, d)."""
+    attend = _attend_spans if layout.blocks is None else _attend_blocks
+    narrow = layout.narrow
+    if narrow is None or narrow.attention is not module:
+        return attend(query, key, value, layout, layout, scaling, dropout), None
+    done = attend(query.index_select(2, narrow.rows), key, value, layout, narrow, scaling, dropout)
+    return _spread(done, narrow.rows, len(layout.group)), None
+
+
+def _attend_spans(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, asked: Layout | Narrow, scaling: float | None, dropout: float
+) -> Tensor:
+    """One split: slices cost a copy each, back."""
     grouped = query.shape[1] != key.shape[1]
-    parts = zip(*(x.split(layout.sizes, 2) for x in (query, key, value)), layout.masks, strict=True)
+    parts = zip(query.split(asked.sizes, 2), *(x.split(layout.sizes, 2) for x in (key, value)), asked.masks, strict=True)
     done = [
         scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, scale=scaling, enable_gqa=grouped)
         for q, k, v, mask in parts
+        if len(mask)
     ]
-    return torch.cat([part.transpose(1, 2) for part in done], 1), None
+    return torch.cat([part.transpose(1, 2) for part in done], 1)
 
 
-def _mask(span: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-    size = sum(prompt + sum(branches) for prompt, branches in span)
-    allowed, start = torch.zeros(size, size, dtype=torch.bool), 0
-    for prompt, branches in span:
-        first = start
-        for length in (prompt, *branches):
-            allowed[start : start + length, first : first + prompt] = True
-            allowed[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
-            start += length
-    return torch.zeros(size, size).masked_fill(~allowed, float("-inf"))
+def _attend_blocks(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, asked: Layout | Narrow, scaling: float | None, dropout: float
+) -> Tensor:
+    """Autocast knows FlexAttention not: rotated queries and keys may be wider than the values."""
+    if dropout:
+        raise ValueError("packed rows have no attention dropout on this device: set the model's attention dropout to 0")
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    flex = _fused() if query.is_cuda else flex_attention
+    grouped = query.shape[1] != key.shape[1]
+    return flex(query, key, value, block_mask=asked.blocks, scale=scaling, enable_gqa=grouped).transpose(1, 2)
+
+
+@cache
+def _fused() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _blocks(layout: Layout, rows: Tensor | None = None) -> BlockMask:
+    tokens = len(layout.group)
+    at = torch.arange(tokens, device=layout.group.device) if rows is None else rows
+
+    def allowed(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _sees(layout.group, layout.branch, at[query], key)
+
+    return create_block_mask(allowed, None, None, len(at), tokens, device=layout.group.device)
+
+
+def _mask(group: Tensor, branch: Tensor) -> Tensor:
+    at = torch.arange(len(group))
+    allowed = _sees(group, branch, at[:, None], at)
+    return torch.zeros(len(group), len(group)).masked_fill(~allowed, float("-inf"))
+
+
+def _sees(group: Tensor, branch: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Whether the token at `query` sees the one at `key`: its group's prompt and its own branch, up to itself."""
+    related = (branch[key] == 0) | (branch[key] == branch[query])
+    return (group[key] == group[query]) & related & (key <= query)
+
+
+def _spread(done: Tensor, rows: Tensor, tokens: int) -> Tensor:
+    """(1, rows, ...) -> (1, tokens, ...), zero where nothing was computed."""
+    return done.new_zeros(1, tokens, *done.shape[2:]).index_copy(1, rows, done)
 
 
 AttentionInterface.register(NAME, _attend)

@@ -7,6 +7,7 @@ steered so are computed on padded rows, one for each branch, with the same resul
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from densityrm_core.attention import Layout, lay_out, packed_attention
+from densityrm_core.attention import Layout, lay_out, narrowed, packed_attention
 
 Ids = Sequence[int]
 Group = tuple[Ids, Sequence[Ids]]
@@ -23,6 +24,7 @@ Group = tuple[Ids, Sequence[Ids]]
 _PROBE: list[Group] = [([3, 1, 2], [[2, 3], [1]]), ([1], [[3, 2, 1], [2, 2]])]
 _PROBE_ERROR = 1e-3  # of the largest hidden state
 _refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+_narrows: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,12 @@ def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
 
 def rewards(model: Any, batch: Packed) -> Tensor:
     """Scalar reward of every branch, read at its last token, (branches,), float32."""
-    return model.score(hidden_states(model, batch)[batch.ends]).squeeze(-1).float()
+    return model.score(_states_at(model, batch, batch.ends)).squeeze(-1).float()
 
 
 def log_probs(model: Any, batch: Packed, temperature: float = 1.0) -> Tensor:
     """Log-probability of every branch token given what stands before it, (tokens,), float32, in nats."""
-    logits = model.get_output_embeddings()(hidden_states(model, batch)[batch.sources]).float()
+    logits = model.get_output_embeddings()(_states_at(model, batch, batch.sources)).float()
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
         logits = cap * torch.tanh(logits / cap)
@@ -110,6 +112,37 @@ def why_padded(model: nn.Module) -> str:
     return _refused[model]
 
 
+def _states_at(model: nn.Module, batch: Packed, rows: Tensor) -> Tensor:
+    """Last hidden states at some rows, (rows, hidden); the last layer is spared the others where it lets itself be narrowed."""
+    if why_padded(model):
+        return _padded(model, batch)[rows]
+    narrow = 2 * len(rows) <= batch.ids.shape[1] and _takes_narrowing(model)
+    return _packed(model, batch, rows if narrow else None)[rows]
+
+
+def _takes_narrowing(model: nn.Module) -> bool:
+    """Whether the last layer computes the same of some rows alone. Found once, on a few tokens; compiled layers stay whole."""
+    layer = _last_layer(_backbone(model))
+    if layer is None or any(getattr(part, "_compiled_call_impl", None) for part in (layer, _backbone(model))):
+        return False
+    if model not in _narrows:
+        _narrows[model] = _probe_narrowing(model)
+    return _narrows[model]
+
+
+def _probe_narrowing(model: Any) -> bool:
+    training = model.training
+    batch = pack(_PROBE, model.device)
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            whole, narrow = (_packed(model.eval(), batch, rows)[batch.ends] for rows in (None, batch.ends))
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return False
+    finally:
+        model.train(training)
+    return bool((whole - narrow).abs().max() < _PROBE_ERROR * whole.abs().max())
+
+
 def _probe(model: Any) -> str:
     name = f"{model.config.model_type} models"
     if getattr(model.config.get_text_config(), "sliding_window", None):
@@ -117,7 +150,7 @@ def _probe(model: Any) -> str:
     training = model.training
     batch = pack(_PROBE, model.device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             padded, packed = _padded(model.eval(), batch), _packed(model, batch)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         return f"{name} do not take packed rows ({type(error).__name__}: {error})"
@@ -131,10 +164,18 @@ def _backbone(model: Any) -> Any:
     return getattr(model, str(model.base_model_prefix))
 
 
-def _packed(model: nn.Module, batch: Packed) -> Tensor:
+def _last_layer(backbone: nn.Module) -> nn.Module | None:
+    stacks = [child for child in backbone.children() if isinstance(child, nn.ModuleList) and len(child)]
+    return max(stacks, key=len)[-1] if stacks else None
+
+
+def _packed(model: nn.Module, batch: Packed, rows: Tensor | None = None) -> Tensor:
+    """Last hidden states, (T, hidden), right at `rows` if these are given."""
     backbone = _backbone(model)
-    with packed_attention(model, backbone):
-        output = backbone(input_ids=batch.ids, position_ids=batch.positions, layout=batch.layout, use_cache=False)
+    layer = _last_layer(backbone)
+    narrow = contextlib.nullcontext(batch.layout) if rows is None or layer is None else narrowed(layer, batch.layout, rows)
+    with packed_attention(model, backbone), narrow as layout:
+        output = backbone(input_ids=batch.ids, position_ids=batch.positions, layout=layout, use_cache=False)
     return output.last_hidden_state[0]
 
 

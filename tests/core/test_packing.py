@@ -1,6 +1,7 @@
 """Packed rows compute what padded ones do: rewards, log-probabilities and gradients, for every kind of model we train."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from densityrm_core.attention import lay_out
+from densityrm_core.attention import lay_out, with_blocks
 from densityrm_core.losses import bradley_terry_loss
 from densityrm_core.nanochat_classifier import register_classifier
 from densityrm_core.packing import hidden_states, log_probs, pack, rewards, split_by_tokens, why_padded
@@ -88,9 +89,11 @@ def test_loss_and_gradients_equal_the_models_own_padded_forward(name: str):
     assert (ours - theirs).norm() / theirs.norm() < 1e-5
 
 
+@pytest.mark.parametrize("reply", [120, 5])
 @MODELS
-def test_log_probs_and_gradients_equal_the_full_softmax_of_padded_rows(name: str):
-    model, given = language_model(name), groups(6, branches=3)
+def test_log_probs_and_gradients_equal_the_full_softmax_of_padded_rows(name: str, reply: int):
+    model = language_model(name)
+    given = [(prompt, [branch[:reply] for branch in branches]) for prompt, branches in groups(6, branches=3)]
     assert why_padded(model) == ""
     packed = log_probs(model, pack(given), temperature=0.7)
     ids, mask = rows_of(given)
@@ -154,3 +157,55 @@ def test_spans_are_as_long_as_neighbouring_groups_allow():
 def test_parts_are_filled_in_order_and_a_large_group_stands_alone():
     given = [([1] * n, [[1] * n]) for n in (10, 20, 100, 5, 5)]
     assert split_by_tokens(given, 64) == [[0, 1], [2], [3, 4]]
+
+
+@CLASSIFIERS
+def test_the_last_layer_computes_scored_rows_only(name: str):
+    model, given = reward_model(name).eval(), pack(groups())
+    seen: list[int] = []
+    last = (model.transformer.h if name == "gpt2" else model.model.layers)[-1]
+    act = next(module for path, module in last.mlp.named_modules() if path in {"act_fn", "act"})
+    act.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    narrow = rewards(model, given)
+    assert seen[-1] == len(given.ends)
+    whole = model.score(hidden_states(model, given)[given.ends]).squeeze(-1)
+    assert seen[-1] == given.ids.shape[1]
+    assert narrow.detach().numpy() == pytest.approx(whole.detach().numpy(), abs=1e-5)
+
+
+def test_a_last_layer_that_refuses_a_few_rows_is_computed_whole():
+    class Router(torch.nn.Module):
+        def __init__(self, mlp: torch.nn.Module) -> None:
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            if tokens.shape[1] <= 4:
+                raise ValueError("too few tokens to route")
+            return self.mlp(tokens)
+
+    model, given = reward_model("llama").eval(), pack(groups())
+    expected = rewards(model, given).detach().numpy()
+    routed = reward_model("llama").eval()
+    routed.model.layers[-1].mlp = Router(routed.model.layers[-1].mlp)
+    assert rewards(routed, pack(groups(2))).shape == (4,)
+    assert rewards(routed, given).detach().numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_compiled_last_layer_is_computed_whole():
+    model, given = reward_model("llama").eval(), pack(groups(3))
+    expected = rewards(model, given).detach().numpy()
+    model.model.layers[-1].compile(backend="eager")
+    assert rewards(model, given).detach().numpy() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_blocks_for_gpus_compute_what_spans_do(name: str):
+    model, given = reward_model(name).eval(), pack(groups(5))
+    assert why_padded(model) == ""
+    blocks = replace(given, layout=with_blocks(given.layout))
+    with torch.no_grad():
+        spans, flex = hidden_states(model, given), hidden_states(model, blocks)
+        assert flex.numpy() == pytest.approx(spans.numpy(), abs=1e-5)
+        assert rewards(model, blocks).numpy() == pytest.approx(rewards(model, given).numpy(), abs=1e-5)
