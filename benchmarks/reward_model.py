@@ -152,6 +152,7 @@ def _train_trl(turns: Turns, model: Any, tokenizer: Any, pairs: list[IdPair], pr
     from transformers import TrainerCallback
     from trl import RewardConfig, RewardTrainer
 
+    micro = 4 if side == "trl_micro" else 1
     losses: list[float] = []
 
     class InTurn(TrainerCallback):
@@ -159,7 +160,7 @@ def _train_trl(turns: Turns, model: Any, tokenizer: Any, pairs: list[IdPair], pr
             turns.begin()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            turns.end(losses[0])
+            turns.end(statistics.mean(losses[-micro:]))
 
     class Trainer(RewardTrainer):
         def compute_loss(self, *arguments: Any, **named: Any) -> Any:
@@ -167,7 +168,6 @@ def _train_trl(turns: Turns, model: Any, tokenizer: Any, pairs: list[IdPair], pr
             losses.append(float(loss.detach()))
             return loss
 
-    micro = 4 if side == "trl_micro" else 1
     trainer = Trainer(
         model=model,
         args=RewardConfig(
