@@ -24,10 +24,12 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.trl_work import SHAPES, IdPair, cpu_name, new_reward_model, new_tokenizer, real_pairs, tokenize
 from benchmarks.turns import Side, Step, Turns
+from densityrm_core.ranks import SOLO
 
 PAIRS, LONGEST, WARM_UP, LEARNING_RATE = 16, 512, 2, 1e-4
 SIDES = ("trl_defaults", "trl_stock", "trl_tuned", "trl_micro", "ours")
@@ -118,22 +120,22 @@ def _run(turns: Turns, side: str, pairs: list[IdPair], shape: str, folder: str, 
 def _train_ours(turns: Turns, model: Any, pairs: list[IdPair], precision: str) -> None:
     """densityrm_core's own loop and loss."""
     from densityrm_core.experiment import RewardModelSettings
-    from densityrm_core.packing import split_by_tokens
-    from densityrm_core.reward_model import _loss
+    from densityrm_core.reward_model import batches_of, preference_loss
     from densityrm_core.scoring import PreferenceTokens
+    from densityrm_core.targets import Targets
     from densityrm_core.training import Part, Plan, Watch, optimize
 
     settings = RewardModelSettings(pairs_per_step=PAIRS, center_rewards=0, weight_decay=0)
-    groups = [PreferenceTokens(*_split(chosen, rejected)).group for chosen, rejected in pairs]
+    train = [PreferenceTokens(*_split(chosen, rejected)) for chosen, rejected in pairs]
+    targets = Targets(torch.zeros(len(train)), torch.ones(len(train)), torch.ones(len(train)))
     losses: list[float] = []
 
     def parts_at(step: int) -> Iterator[Part]:
         turns.begin()
         losses.clear()
-        batch = groups[step * PAIRS : (step + 1) * PAIRS]
-        for part in split_by_tokens(batch, settings.tokens_per_batch):
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                loss, metrics = _loss(model, [batch[i] for i in part], settings)
+        drawn = np.arange(step * PAIRS, (step + 1) * PAIRS)
+        for batch in batches_of(train, drawn, settings.tokens_per_batch, SOLO):
+            loss, metrics = preference_loss(model, batch, targets, settings, precision == "bf16")
             losses.append(loss.item())
             yield loss, metrics
 

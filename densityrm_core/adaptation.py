@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from densityrm_core.attention import packed_attention
 from densityrm_core.experiment import ComputeSettings, RewardModelSettings
 from densityrm_core.models import ModelError
+from densityrm_core.packing import backbone_of, why_padded
 from densityrm_core.ranks import Ranks, shard
 from densityrm_core.streams import stream_seed
 
@@ -25,18 +28,13 @@ def adapt(model: Any, settings: RewardModelSettings, compute: ComputeSettings, s
     if settings.frozen_layers:
         _freeze(model, layers, settings.frozen_layers)
     if compute.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _recompute_activations(model)
     if compute.shard and ranks.size > 1:
         shard(backbone_of(model), layers, ranks)
     if compute.compile:
         for layer in layers:
             layer.compile(dynamic=True)
     return finish
-
-
-def backbone_of(model: Any) -> Any:
-    """The decoder of a model with a head: what turns ids into hidden states."""
-    return getattr(model, str(model.base_model_prefix))
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -46,6 +44,16 @@ def decoder_layers(model: Any) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ModelError(f"the layers of a {model.config.model_type} model cannot be told: it has no list of {count} modules")
+
+
+def _recompute_activations(model: Any) -> None:
+    """Keep only what enters a layer; the backward pass computes the rest again, attending to packed rows as the forward pass."""
+    padded = bool(why_padded(model))
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), nullcontext() if padded else packed_attention(model, backbone_of(model))
+
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
 
 def _freeze(model: Any, layers: nn.ModuleList, count: int) -> None:

@@ -121,9 +121,14 @@ def _states_at(model: nn.Module, batch: Packed, rows: Tensor) -> Tensor:
 
 
 def _takes_narrowing(model: nn.Module) -> bool:
-    """Whether the last layer computes the same of some rows alone. Found once, on a few tokens; compiled layers stay whole."""
-    layer = _last_layer(_backbone(model))
-    if layer is None or any(getattr(part, "_compiled_call_impl", None) for part in (layer, _backbone(model))):
+    """Whether the last layer computes the same of some rows alone, found once, on a few tokens.
+
+    Layers that are compiled, or computed again in the backward pass when the hooks are gone, stay whole.
+    """
+    layer = _last_layer(backbone_of(model))
+    if layer is None or any(getattr(part, "_compiled_call_impl", None) for part in (layer, backbone_of(model))):
+        return False
+    if getattr(layer, "gradient_checkpointing", False):
         return False
     if model not in _narrows:
         _narrows[model] = _probe_narrowing(model)
@@ -160,7 +165,8 @@ def _probe(model: Any) -> str:
     return "" if gap < _PROBE_ERROR else f"{name} compute packed rows otherwise than padded ones (by {gap:.1g})"
 
 
-def _backbone(model: Any) -> Any:
+def backbone_of(model: Any) -> Any:
+    """The decoder of a model with a head: what turns ids into hidden states."""
     return getattr(model, str(model.base_model_prefix))
 
 
@@ -171,7 +177,7 @@ def _last_layer(backbone: nn.Module) -> nn.Module | None:
 
 def _packed(model: nn.Module, batch: Packed, rows: Tensor | None = None) -> Tensor:
     """Last hidden states, (T, hidden), right at `rows` if these are given."""
-    backbone = _backbone(model)
+    backbone = backbone_of(model)
     layer = _last_layer(backbone)
     narrow = contextlib.nullcontext(batch.layout) if rows is None or layer is None else narrowed(layer, batch.layout, rows)
     with packed_attention(model, backbone), narrow as layout:
@@ -187,7 +193,7 @@ def _padded(model: nn.Module, batch: Packed) -> Tensor:
     for number, row in enumerate(rows):
         ids[number, : len(row)] = torch.tensor(row)
     real = torch.arange(width) < torch.tensor([[len(row)] for row in rows])
-    output = _backbone(model)(
+    output = backbone_of(model)(
         input_ids=ids.to(batch.ids.device), attention_mask=real.long().to(batch.ids.device), use_cache=False
     )
     place: list[int] = []

@@ -98,11 +98,11 @@ def _train(task: RewardModelTask, watch: Watch, ranks: Ranks) -> TrainedRewardMo
 
     def parts_at(step: int) -> Iterator[Part]:
         drawn = sampler.batch(step, settings.pairs_per_step, ranks.rank, ranks.size)
-        batches = _batches(train, drawn, settings.tokens_per_batch, ranks)
+        batches = batches_of(train, drawn, settings.tokens_per_batch, ranks)
         if "bfloat16" not in memory:
             memory["bfloat16"] = [float(_measured(model, batches[0], targets, task, ranks))]
         for batch in batches:
-            yield _loss(model, batch, targets, settings, bool(memory["bfloat16"][0]))
+            yield preference_loss(model, batch, targets, settings, bool(memory["bfloat16"][0]))
 
     def after(step: int) -> dict[str, float] | None:
         if not held_out or (step % settings.evaluate_every and step != settings.steps):
@@ -119,38 +119,44 @@ def _train(task: RewardModelTask, watch: Watch, ranks: Ranks) -> TrainedRewardMo
     return TrainedRewardModel(plain(), codec, step, {n: value for n, value in metrics.items() if n.startswith("eval/")})
 
 
-_Batch = tuple[npt.NDArray[np.int64], list[PreferenceTokens], float]  # numbers of the pairs, the pairs, share of the step
+@dataclass(frozen=True)
+class Batch:
+    """Pairs that are computed together: their numbers, their tokens, and their share of the step's pairs."""
+
+    numbers: npt.NDArray[np.int64]
+    pairs: Sequence[PreferenceTokens]
+    share: float
 
 
-def _batches(train: list[PreferenceTokens], drawn: npt.NDArray[np.int64], most: int, ranks: Ranks) -> list[_Batch]:
+def batches_of(train: list[PreferenceTokens], drawn: npt.NDArray[np.int64], most: int, ranks: Ranks) -> list[Batch]:
     """A rank's pairs in batches of at most `most` tokens; as many for every rank, the last ones perhaps without a share."""
     step = len(drawn) if ranks.size == 1 else round(ranks.total([len(drawn)])[0])
     groups = [train[i].group for i in drawn]
-    batches: list[_Batch] = [
-        (drawn[part], [train[i] for i in drawn[part]], len(part) / step) for part in map(np.array, split_by_tokens(groups, most))
+    batches = [
+        Batch(drawn[part], [train[i] for i in drawn[part]], len(part) / step)
+        for part in map(np.array, split_by_tokens(groups, most))
     ]
     idle = ranks.most(len(batches)) - len(batches)
-    return batches + [(drawn[:1], [train[drawn[0]]], 0.0)] * idle
+    return batches + [Batch(drawn[:1], [train[drawn[0]]], 0.0)] * idle
 
 
-def _loss(model: Any, batch: _Batch, targets: Targets, settings: RewardModelSettings, bfloat16: bool) -> Part:
+def preference_loss(model: Any, batch: Batch, targets: Targets, settings: RewardModelSettings, bfloat16: bool) -> Part:
     """What these pairs add to the mean over the step's pairs."""
-    numbers, pairs, share = batch
     with computing(bfloat16, str(model.device)):
-        chosen, rejected = rewards(model, pack([pair.group for pair in pairs], model.device)).view(-1, 2).unbind(1)
-    asked = targets.of(numbers, chosen.device)
+        chosen, rejected = rewards(model, pack([pair.group for pair in batch.pairs], model.device)).view(-1, 2).unbind(1)
+    asked = targets.of(batch.numbers, chosen.device)
     loss = bradley_terry_loss(chosen, rejected, **asked)
     loss = loss + settings.center_rewards * centering_penalty(chosen, rejected, asked["weight"])
     lead = (chosen - rejected).detach()
     metrics = {"train/accuracy": correctness(lead).mean().item(), "train/margin": lead.mean().item()}
-    return share * loss, {name: share * value for name, value in metrics.items()}
+    return batch.share * loss, {name: batch.share * value for name, value in metrics.items()}
 
 
-def _measured(model: Any, batch: _Batch, targets: Targets, task: RewardModelTask, ranks: Ranks) -> bool:
+def _measured(model: Any, batch: Batch, targets: Targets, task: RewardModelTask, ranks: Ranks) -> bool:
     """Whether this training computes in bfloat16."""
 
     def forward_and_backward(bfloat16: bool) -> None:
-        _loss(model, batch, targets, task.settings, bfloat16)[0].backward()
+        preference_loss(model, batch, targets, task.settings, bfloat16)[0].backward()
         model.zero_grad()
 
     return takes_bfloat16(task.compute.precision, forward_and_backward, ranks)

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from densityrm_core.bootstrap import Doubles
-from densityrm_core.rm_rows import checked, ends, flat, model_slots, models_of, of_test_split, resample, table
+from densityrm_core.rm_rows import checked, ends, flat, model_slots, models_of, of_set, resample, table
 
 MEAN_OF_SUBSETS = "mean of subsets"
 
@@ -24,7 +24,7 @@ def agreement(rows: pl.DataFrame, resamples: int) -> pl.DataFrame:
     Returns:
         columns model, other, metric, pairs, mean, low, high; pairs that both scored in one seed.
     """
-    test = of_test_split(rows).select("seed", "model", "pair_id", "prompt_id", "correct")
+    test = of_set(rows).select("seed", "model", "pair_id", "prompt_id", "correct")
     found: list[dict[str, object]] = []
     for model, other in combinations(models_of(test), 2):
         both = test.filter(pl.col("model") == model).join(

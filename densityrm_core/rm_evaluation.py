@@ -43,6 +43,13 @@ def exam_pairs(pairs: pl.LazyFrame, strata: pl.LazyFrame, sets: Sequence[pl.Data
     return pl.concat([test.select(_COLUMNS), *(frame.select(_COLUMNS) for frame in sets)])
 
 
+def watched_pairs(validation: pl.DataFrame, strata: pl.DataFrame, most: int = 512) -> pl.DataFrame:
+    """The validation pairs that a training is watched on, in the columns of `exam_pairs`; their set is "validation"."""
+    chosen = validation.head(most).with_columns(set=pl.lit("validation"))
+    of_chosen = strata.select("pair_id", "decile", "quartile")
+    return chosen.join(of_chosen, on="pair_id", how="left", maintain_order="left").select(_COLUMNS)
+
+
 def evaluate_reward_model(folder: Path, exam: pl.DataFrame, device: str = "cpu") -> pl.DataFrame:
     """A reward model's rewards of every pair: the columns of tables.RM_EVALUATION but seed, model and fingerprint.
 

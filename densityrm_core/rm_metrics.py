@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from densityrm_core.bootstrap import Doubles, Interval
-from densityrm_core.rm_rows import ends, flat, model_slots, of_test_split, resample, table
+from densityrm_core.rm_rows import ends, flat, model_slots, of_set, resample, table
 
 METRICS = (
     "accuracy",
@@ -32,8 +32,8 @@ _HALF = 5  # bins of the predicted probability in [1/2, 1]; as many mirror them 
 _MEASURED = {**dict.fromkeys(("by", "stratum", "model", "metric"), pl.String()), "pairs": pl.Int64()}
 
 
-def measure(rows: pl.DataFrame, resamples: int, strata: Sequence[str] = STRATA) -> pl.DataFrame:
-    """Every metric of every model on the test split, over all pairs and by `strata`, columns of RM_EVALUATION.
+def measure(rows: pl.DataFrame, resamples: int, strata: Sequence[str] = STRATA, name: str = "test") -> pl.DataFrame:
+    """Every metric of every model on the set `name`, over all pairs and by `strata`, columns of RM_EVALUATION.
 
     With the margin m = reward_chosen - reward_rejected and the Bradley-Terry probability p = sigmoid(m) that chosen is preferred:
 
@@ -58,7 +58,7 @@ def measure(rows: pl.DataFrame, resamples: int, strata: Sequence[str] = STRATA) 
     Raises:
         RowsError: a pair occurs twice for a model and seed.
     """
-    test = of_test_split(rows)
+    test = of_set(rows, name)
     found: list[dict[str, object]] = []
     for by in strata:
         groups = [("all", test)] if by == "all" else [(str(k[0]), f) for k, f in test.partition_by(by, as_dict=True).items()]
@@ -68,14 +68,14 @@ def measure(rows: pl.DataFrame, resamples: int, strata: Sequence[str] = STRATA) 
     return table(found, _MEASURED)
 
 
-def reliability(rows: pl.DataFrame, resamples: int) -> pl.DataFrame:
-    """The reliability diagram on the test split, in the ten bins of `measure`: how often what is predicted with p comes true.
+def reliability(rows: pl.DataFrame, resamples: int, name: str = "test") -> pl.DataFrame:
+    """The reliability diagram on the set `name`, in the ten bins of `measure`: how often what is predicted with p comes true.
 
     Returns:
         columns model, bin (1 to 10), share (of the predictions, both orders), predicted (mean p), mean (share that came true),
         low, high; bins without predictions are left out.
     """
-    test = of_test_split(rows)
+    test = of_set(rows, name)
     found: list[dict[str, object]] = []
     if test.height:
         models, slots = model_slots(test)

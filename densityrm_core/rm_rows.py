@@ -23,9 +23,9 @@ class RowsError(ValueError):
     """Rows of an evaluation contradict each other; the message names the pair."""
 
 
-def of_test_split(rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows of the test split, `checked`."""
-    return checked(rows.filter(pl.col("set") == "test"))
+def of_set(rows: pl.DataFrame, name: str = "test") -> pl.DataFrame:
+    """The rows of one set, the test split if not said otherwise, `checked`."""
+    return checked(rows.filter(pl.col("set") == name))
 
 
 def checked(rows: pl.DataFrame) -> pl.DataFrame:

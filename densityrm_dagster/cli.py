@@ -44,21 +44,35 @@ def demo() -> None:
 def read() -> None:
     """Read the raw rows into pairs and prompts, without embedding or training anything, and print what became of them."""
     experiment, root = load_experiment(), home()
-    _materialize(experiment, root, experiment.seeds[:1], data_only=True)
+    from densityrm_dagster.run import data_assets
+
+    _materialize(experiment, root, experiment.seeds[:1], data_assets())
     print(f"tables   {root / experiment.name / 'tables'}\nlook     densityrm inspect")
 
 
-def _materialize(experiment: Experiment, root: Path, seeds: Sequence[int], data_only: bool = False) -> None:
+@app.command()
+def reward_models() -> None:
+    """Train and evaluate both reward models for every seed, without policies, and print what the test split says of them."""
+    experiment, root, started = load_experiment(), home(), time.monotonic()
+    from densityrm_dagster.run import reward_model_steps
+
+    _materialize(experiment, root, experiment.seeds, reward_model_steps())
+    from densityrm_dagster.rm_card import evaluation_text
+
+    print(evaluation_text(root / experiment.name / "tables" / "rm_evaluation", experiment))
+    print(f"took     {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def _materialize(experiment: Experiment, root: Path, seeds: Sequence[int], only: frozenset[str] | None = None) -> None:
     state = root / experiment.name
     state.mkdir(parents=True, exist_ok=True)
     if not lock(os.open(state / "work.lock", os.O_RDWR | os.O_CREAT, 0o644)):  # held until this process ends
         print(f"error: another command is at work in {state}; wait for it, or set another DENSITYRM_HOME", file=sys.stderr)
         raise typer.Exit(1)
     prepare_home(root, experiment.name)
-    from densityrm_dagster.run import RunFailedError, data_assets, describe_sources, run_experiment
+    from densityrm_dagster.run import RunFailedError, describe_sources, run_experiment
 
     print(f"experiment {experiment.name}, seeds {', '.join(map(str, seeds))}, state in {root}\n", file=sys.stderr)
-    only = data_assets() if data_only else None
     try:
         made = [run_experiment(seed, experiment, root, only) for seed in seeds]
     except RunFailedError as failure:

@@ -26,16 +26,21 @@ class MLflowTracker(dg.ConfigurableResource):
 
     @contextlib.contextmanager
     def run(
-        self, context: dg.AssetExecutionContext, experiment: str, params: dict[str, Any], tags: dict[str, str]
+        self,
+        context: dg.AssetExecutionContext,
+        experiment: str,
+        params: dict[str, Any],
+        tags: dict[str, str],
+        stopped: tuple[type[BaseException], ...] = (),
     ) -> Iterator["MirroredRun"]:
-        """A run that ends FINISHED, FAILED or KILLED, as the block does."""
+        """A run that ends FINISHED, FAILED or KILLED, as the block does; `stopped` are the exceptions of a run told to end."""
         mirror = MirroredRun(context.log.warning)
         mirror.attempt(lambda: self._start(context, experiment, params, tags, mirror))
         status = "FAILED"
         try:
             yield mirror
             status = "FINISHED"
-        except (DagsterExecutionInterruptedError, KeyboardInterrupt):
+        except (DagsterExecutionInterruptedError, KeyboardInterrupt, *stopped):
             status = "KILLED"
             raise
         finally:

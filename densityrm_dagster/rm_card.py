@@ -1,11 +1,14 @@
 """What the evaluation of reward models shows: the main numbers, tables with intervals, and plots, baselines always beside."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
 
+from densityrm_core.experiment import Experiment, Settings
+from densityrm_core.storage import read_frame
 from densityrm_dagster.metadata import markdown_table, plot
 
 if TYPE_CHECKING:
@@ -37,6 +40,49 @@ def measurements(rows: pl.DataFrame, sets: "Sequence[EvaluationSet]", resamples:
         card["sets"] = _table(rm_tables.sets(further))
         card["set_files"] = dg.MetadataValue.md("\n".join(f"- {found}\n  - " + "\n  - ".join(found.files) for found in sets))
     return card, [*_lines(measured), *(f"evaluation set {found}" for found in sets)]
+
+
+def validation_plots(
+    folder: Path, validation: pl.DataFrame, strata: pl.DataFrame, experiment: Experiment, key: dict[str, Any]
+) -> dict[str, Any]:
+    """What a trained reward model does on the pairs it was watched on: accuracy by decile, and whether its odds come true.
+
+    Args:
+        validation, strata: tables.PREFERENCE_PAIRS of the validation split, tables.PAIR_WEIGHTS.
+        key: model and seed, as in tables.RM_EVALUATION.
+    """
+    from densityrm_core import rm_plots
+    from densityrm_core.evaluation import with_key
+    from densityrm_core.models import pick_device
+    from densityrm_core.rm_evaluation import evaluate_reward_model, watched_pairs
+    from densityrm_core.rm_metrics import measure, reliability
+    from densityrm_core.tables import RM_EVALUATION
+
+    scored = evaluate_reward_model(folder, watched_pairs(validation, strata), pick_device(experiment.compute.device))
+    rows, n = with_key(scored, RM_EVALUATION, fingerprint=experiment.fingerprint, **key), experiment.evaluation.bootstrap
+    measured = measure(rows, n, name="validation")
+    return {
+        "validation_by_decile": plot(rm_plots.accuracy_by_decile(measured)),
+        "validation_reliability": plot(rm_plots.reliability_diagram(reliability(rows, n, "validation"), measured)),
+    }
+
+
+def evaluation_text(folder: Path, experiment: Experiment) -> str:
+    """What all seeds' evaluations say of reward models and baselines, for a terminal: metrics, then accuracy by stratum."""
+    from densityrm_core import rm_tables
+    from densityrm_core.rm_metrics import measure
+
+    rows = pl.concat([read_frame(folder / f"{seed}.parquet") for seed in experiment.seeds])
+    measured = measure(rows, experiment.evaluation.bootstrap)
+    tables = [rm_tables.overview(measured), *(rm_tables.by_stratum(measured, by) for by in ("src", "quartile"))]
+    return "\n\n".join(markdown_table(table, _CELL) for table in tables) + "\n"
+
+
+def settings_table(settings: Settings) -> dg.MarkdownMetadataValue:
+    """The settings a training was given, with what they mean."""
+    fields = type(settings).model_fields
+    rows = [{"setting": n, "value": str(getattr(settings, n)), "meaning": f.description or ""} for n, f in fields.items()]
+    return dg.MetadataValue.md(markdown_table(pl.DataFrame(rows), _CELL))
 
 
 def _numbers(measured: pl.DataFrame, alike: pl.DataFrame, further: pl.DataFrame) -> dict[str, float]:

@@ -36,6 +36,12 @@ def data_assets() -> frozenset[str]:
     return frozenset([*tables, "preference_pairs", "preference_rejects", "prompts"])
 
 
+def reward_model_steps() -> frozenset[str]:
+    """The assets from raw rows to the evaluation of the reward models, without policies and their judge."""
+    weighing = ("prompt_embeddings", "density_weights", "pair_weights")
+    return data_assets().union(weighing, ("base_model", "rm_uniform", "rm_density", "rm_evaluation"))
+
+
 def run_experiment_job() -> dg.JobDefinition:
     """The job `run_experiment`, as a step's own process finds it."""
     from densityrm_dagster.definitions import defs
@@ -67,7 +73,8 @@ def run_experiment(seed: int, experiment: Experiment, root: Path, only: frozense
             wanted = outdated(instance, defs, str(seed), stored_under(root / experiment.name))
         wanted = [key for key in wanted if only is None or key.to_user_string() in only]
         if wanted:
-            _materialize(instance, seed, wanted, _PRELOAD if only else _PRELOAD_TRAINING)
+            data_alone = only is not None and only <= data_assets()
+            _materialize(instance, seed, wanted, _PRELOAD if data_alone else _PRELOAD_TRAINING)
         return bool(again or wanted)
 
 

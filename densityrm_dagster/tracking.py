@@ -86,10 +86,13 @@ def tracked(
 
     checkpoints: where the training goes on from if it was stopped.
     """
+    from densityrm_core.training import TrainingStoppedError
+
     set_up_torch(experiment.compute)
     seed = context.partition_key if context.has_partition_key else "0"
     described = {"variant": variant, "seed": seed, "experiment": experiment.name, **params, **settings.model_dump(mode="json")}
-    with mlflow.run(context, group, described, tags_of(experiment) | {"densityrm.variant": variant}) as mirror:
+    tags = tags_of(experiment) | {"densityrm.variant": variant}
+    with mlflow.run(context, group, described, tags, stopped=(TrainingStoppedError,)) as mirror:
         yield Training(context, mirror, unit, checkpoints, experiment.compute)
 
 

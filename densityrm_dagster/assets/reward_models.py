@@ -17,6 +17,7 @@ from densityrm_dagster.launch import chosen, launch_config
 from densityrm_dagster.metadata import folder_output
 from densityrm_dagster.mlflow_resource import REWARD_MODELS, MLflowTracker
 from densityrm_dagster.partitions import seed_of, seed_partitions
+from densityrm_dagster.rm_card import settings_table, validation_plots
 from densityrm_dagster.tracking import tracked
 
 _SAMPLING = {
@@ -89,6 +90,8 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
             card = {"settings": settings.model_dump(mode="json"), "sampling": sampling, "seed": seed, "step": trained.step}
             save_model(trained.model, trained.codec, folder, card)
             shown = training.finish(folder, trained.metrics, ["train/accuracy", "eval/accuracy"]) | training.register(folder)
+        shown |= {"settings": settings_table(settings)}
+        shown |= validation_plots(folder, validation, pair_weights, experiment, {"model": name, "seed": seed})
         counts = {"training_pairs": train.height, "truncated_texts": trained.codec.truncated, "kept_step": trained.step}
         yield folder_output(folder, {**shown, **counts})
         losses = training.watch.frame().filter(pl.col("metric").str.ends_with("loss"))["value"]

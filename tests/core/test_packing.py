@@ -159,7 +159,7 @@ def test_parts_are_filled_in_order_and_a_large_group_stands_alone():
     assert split_by_tokens(given, 64) == [[0, 1], [2], [3, 4]]
 
 
-@CLASSIFIERS
+@MODELS
 def test_the_last_layer_computes_scored_rows_only(name: str):
     model, given = reward_model(name).eval(), pack(groups())
     seen: list[int] = []
