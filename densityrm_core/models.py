@@ -123,7 +123,8 @@ def fit_to_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-                layer.weight[old:] = layer.weight[:old].mean(0)
+                if layer is not None:
+                    layer.weight[old:] = layer.weight[:old].mean(0)
     model.config.pad_token_id = model.get_input_embeddings().padding_idx = tokenizer.pad_token_id
 
 
@@ -138,11 +139,11 @@ def save_model(model: Any, codec: Codec, folder: Path, card: dict[str, Any], ran
 
     Where weights are sharded, every rank must call this; the first one writes.
     """
+    fit_to_tokenizer(model, codec.tokenizer)
     weights = {name: whole(value) for name, value in model.state_dict().items()}
     if not ranks.first:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.pad_token_id = codec.pad
     model.save_pretrained(folder, state_dict=weights)
     codec.tokenizer.save_pretrained(str(folder))
     limits = {"max_prompt_tokens": codec.max_prompt_tokens, "max_reply_tokens": codec.max_reply_tokens}

@@ -164,7 +164,7 @@ def test_the_last_layer_computes_scored_rows_only(name: str):
     model, given = reward_model(name).eval(), pack(groups())
     seen: list[int] = []
     last = (model.transformer.h if name == "gpt2" else model.model.layers)[-1]
-    act = next(module for path, module in last.mlp.named_modules() if path in {"act_fn", "act"})
+    act = next(module for path, module in last.mlp.named_modules() if path in {"act_fn", "act", "activation_fn"})
     act.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
     narrow = rewards(model, given)
     assert seen[-1] == len(given.ends)
