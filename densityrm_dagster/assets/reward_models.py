@@ -41,7 +41,7 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
         group_name="reward_models",
         kinds={"pytorch", "huggingface", "mlflow"},
         owners=OWNERS,
-        code_version=version(2, experiment.reward_model, experiment.sampling),
+        code_version=version(3, experiment.reward_model, experiment.sampling),
         io_manager_key="folders",
         partitions_def=seed_partitions(experiment),
         automation_condition=on_new_content(),
