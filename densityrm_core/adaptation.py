@@ -12,7 +12,7 @@ from torch import nn
 from densityrm_core.attention import packed_attention
 from densityrm_core.experiment import ComputeSettings, RewardModelSettings
 from densityrm_core.models import ModelError
-from densityrm_core.packing import backbone_of, why_padded
+from densityrm_core.packing import backbone_of, decoder_layers, why_padded
 from densityrm_core.ranks import Ranks, shard
 from densityrm_core.streams import stream_seed
 
@@ -21,29 +21,30 @@ def adapt(model: Any, settings: RewardModelSettings, compute: ComputeSettings, s
     """Make `model` ready to be trained as the settings say; returns what gives the plain model back when it is trained.
 
     Raises:
-        ModelError: the model has fewer layers than are to be frozen, or `peft` is needed and not installed.
+        ModelError: the model has fewer layers than are to be frozen, its layers are needed and cannot be told, or `peft` is
+            needed and not installed.
     """
-    layers = decoder_layers(model)
-    finish = _add_lora(model, layers, settings, seed) if settings.lora_rank else lambda: model
+    finish = _add_lora(model, settings, seed) if settings.lora_rank else lambda: model
     if settings.frozen_layers:
-        _freeze(model, layers, settings.frozen_layers)
+        _freeze(model, settings.frozen_layers)
     if compute.gradient_checkpointing:
         _recompute_activations(model)
     if compute.shard and ranks.size > 1:
-        shard(backbone_of(model), layers, ranks)
+        shard(backbone_of(model), _layers(model), ranks)
     if compute.compile:
-        for layer in layers:
+        for layer in _layers(model):
             layer.compile(dynamic=True)
     return finish
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a Hugging Face model, lowest first. Raises ModelError if they cannot be told."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in backbone_of(model).children():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ModelError(f"the layers of a {model.config.model_type} model cannot be told: it has no list of {count} modules")
+def _layers(model: Any) -> nn.ModuleList:
+    layers = decoder_layers(model)
+    if layers is None:
+        raise ModelError(
+            f"the layers of a {model.config.model_type} model cannot be told: set frozen_layers and lora_rank to 0, "
+            "compile and shard to false"
+        )
+    return layers
 
 
 def _recompute_activations(model: Any) -> None:
@@ -56,7 +57,8 @@ def _recompute_activations(model: Any) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
 
-def _freeze(model: Any, layers: nn.ModuleList, count: int) -> None:
+def _freeze(model: Any, count: int) -> None:
+    layers = _layers(model)
     if count > len(layers):
         raise ModelError(f"reward_model.frozen_layers is {count}, but the model has {len(layers)} layers")
     backbone = backbone_of(model)
@@ -65,14 +67,16 @@ def _freeze(model: Any, layers: nn.ModuleList, count: int) -> None:
         module.requires_grad_(False)
 
 
-def _add_lora(model: Any, layers: nn.ModuleList, settings: RewardModelSettings, seed: int) -> Callable[[], Any]:
+def _add_lora(model: Any, settings: RewardModelSettings, seed: int) -> Callable[[], Any]:
     """Low-rank updates beside every linear map of the layers [Hu et al. 2021, eq. 3]; the head is trained whole."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise ModelError("reward_model.lora_rank needs the package peft: pip install 'densityrm[lora]'") from None
     kinds = (nn.Linear, _conv1d())
-    names = {name.rpartition(".")[2] for layer in layers for name, module in layer.named_modules() if isinstance(module, kinds)}
+    names = {
+        name.rpartition(".")[2] for layer in _layers(model) for name, module in layer.named_modules() if isinstance(module, kinds)
+    }
     torch.manual_seed(stream_seed(seed, "reward model", "lora"))
     config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=sorted(names), lora_dropout=0.0)
     wrapped = get_peft_model(model, config)

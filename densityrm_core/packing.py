@@ -125,7 +125,7 @@ def _takes_narrowing(model: nn.Module) -> bool:
 
     Layers that are compiled, or computed again in the backward pass when the hooks are gone, stay whole.
     """
-    layer = _last_layer(backbone_of(model))
+    layer = _last_layer(model)
     if layer is None or any(getattr(part, "_compiled_call_impl", None) for part in (layer, backbone_of(model))):
         return False
     if getattr(layer, "gradient_checkpointing", False):
@@ -170,15 +170,21 @@ def backbone_of(model: Any) -> Any:
     return getattr(model, str(model.base_model_prefix))
 
 
-def _last_layer(backbone: nn.Module) -> nn.Module | None:
-    stacks = [child for child in backbone.children() if isinstance(child, nn.ModuleList) and len(child)]
-    return max(stacks, key=len)[-1] if stacks else None
+def decoder_layers(model: Any) -> nn.ModuleList | None:
+    """The decoder layers of a model, lowest first; None if they cannot be told."""
+    stacks = [child for child in backbone_of(model).children() if isinstance(child, nn.ModuleList) and len(child)]
+    return max(stacks, key=len) if stacks else None
+
+
+def _last_layer(model: Any) -> nn.Module | None:
+    layers = decoder_layers(model)
+    return layers[-1] if layers else None
 
 
 def _packed(model: nn.Module, batch: Packed, rows: Tensor | None = None) -> Tensor:
     """Last hidden states, (T, hidden), right at `rows` if these are given."""
     backbone = backbone_of(model)
-    layer = _last_layer(backbone)
+    layer = _last_layer(model)
     narrow = contextlib.nullcontext(batch.layout) if rows is None or layer is None else narrowed(layer, batch.layout, rows)
     with packed_attention(model, backbone), narrow as layout:
         output = backbone(input_ids=batch.ids, position_ids=batch.positions, layout=layout, use_cache=False)
