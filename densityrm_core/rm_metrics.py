@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from densityrm_core.bootstrap import Doubles, Interval
-from densityrm_core.rm_rows import ends, flat, model_slots, of_set, resample, table
+from densityrm_core.rm_rows import TEST_SPLIT, ends, flat, model_slots, of_set, resample, table
 
 METRICS = (
     "accuracy",
@@ -32,7 +32,7 @@ _HALF = 5  # bins of the predicted probability in [1/2, 1]; as many mirror them 
 _MEASURED = {**dict.fromkeys(("by", "stratum", "model", "metric"), pl.String()), "pairs": pl.Int64()}
 
 
-def measure(rows: pl.DataFrame, resamples: int, strata: Sequence[str] = STRATA, name: str = "test") -> pl.DataFrame:
+def measure(rows: pl.DataFrame, resamples: int, strata: Sequence[str] = STRATA, name: str = TEST_SPLIT) -> pl.DataFrame:
     """Every metric of every model on the set `name`, over all pairs and by `strata`, columns of RM_EVALUATION.
 
     With the margin m = reward_chosen - reward_rejected and the Bradley-Terry probability p = sigmoid(m) that chosen is preferred:
@@ -68,7 +68,7 @@ def measure(rows: pl.DataFrame, resamples: int, strata: Sequence[str] = STRATA, 
     return table(found, _MEASURED)
 
 
-def reliability(rows: pl.DataFrame, resamples: int, name: str = "test") -> pl.DataFrame:
+def reliability(rows: pl.DataFrame, resamples: int, name: str = TEST_SPLIT) -> pl.DataFrame:
     """The reliability diagram on the set `name`, in the ten bins of `measure`: how often what is predicted with p comes true.
 
     Returns:

@@ -18,12 +18,14 @@ NAMES = {  # in the order in which they are shown
     "shorter_reply": "shorter reply",
 }
 
+TEST_SPLIT = "test"  # the set that evaluations of reward models are about, unless said otherwise
+
 
 class RowsError(ValueError):
     """Rows of an evaluation contradict each other; the message names the pair."""
 
 
-def of_set(rows: pl.DataFrame, name: str = "test") -> pl.DataFrame:
+def of_set(rows: pl.DataFrame, name: str = TEST_SPLIT) -> pl.DataFrame:
     """The rows of one set, the test split if not said otherwise, `checked`."""
     return checked(rows.filter(pl.col("set") == name))
 
