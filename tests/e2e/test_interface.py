@@ -135,3 +135,53 @@ def test_a_bad_value_in_the_launchpad_is_refused_before_anything_trains(interfac
     )["runOrError"]
     assert made["assetMaterializations"] == []
     assert all(len(step["attempts"]) <= 1 for step in made["stepStats"])
+
+
+STOP = "mutation($id: String!) { terminateRun(runId: $id) { __typename ... on PythonError { message } } }"
+SAID = """
+query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {
+  ... on MessageEvent { message } ... on ExecutionStepFailureEvent { failureMetadata { description } } } } } }"""
+
+
+def materialize_rm(interface: Interface) -> str:
+    config = {"steps": 20_000, "evaluate_every": 20_000}
+    params = {
+        "selector": {**CODE_LOCATION, "jobName": "__ASSET_JOB", "assetSelection": [{"path": ["rm_uniform"]}]},
+        "mode": "default",
+        "runConfigData": json.dumps({"ops": {"rm_uniform": {"config": config}}}),
+        "executionMetadata": {"tags": [{"key": "dagster/partition", "value": "0"}]},
+    }
+    return interface.ask(LAUNCH, params=params)["launchRun"]["run"]["runId"]
+
+
+def messages(interface: Interface, run_id: str) -> list[str]:
+    """What the run has said so far, in the words of a failure where a step has failed."""
+    events = interface.ask(SAID, id=run_id)["logsForRun"]["events"]
+    return [(event.get("failureMetadata") or {}).get("description") or event.get("message", "") for event in events]
+
+
+def terminate_when(interface: Interface, run_id: str, said: str) -> list[str]:
+    """Wait until the run has said something, press Terminate, and wait for its end; all that it said."""
+    deadline = time.monotonic() + 200
+    while not any(said in message for message in messages(interface, run_id)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert interface.ask(STOP, id=run_id)["terminateRun"]["__typename"] == "TerminateRunSuccess"
+    while interface.ask(STATUS, id=run_id)["runOrError"]["status"] != "CANCELED" and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert interface.ask(STATUS, id=run_id)["runOrError"]["status"] == "CANCELED"
+    return messages(interface, run_id)
+
+
+def test_a_terminated_training_saves_and_the_next_materialization_goes_on(interface: Interface):
+    first = terminate_when(interface, materialize_rm(interface), "pairs/s")
+    (stopped,) = {int(m.split("stopped before step ")[1].split()[0]) for m in first if "stopped before step" in m}
+    second = terminate_when(interface, materialize_rm(interface), "going on after step")
+    assert any(f"going on after step {stopped - 1} of 20000" in message for message in second)
+    found = urllib.request.Request(  # noqa: S310  loopback
+        f"{interface.mlflow}/api/2.0/mlflow/runs/search",
+        json.dumps({"experiment_ids": ["1", "2", "3"], "filter": "params.steps = '20000'"}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(found, timeout=30) as answer:  # noqa: S310  loopback
+        runs = json.load(answer)["runs"]
+    assert [run["info"]["status"] for run in runs] == ["KILLED", "KILLED"]
