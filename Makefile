@@ -34,7 +34,7 @@ up: venv
 	@exec $(BIN)/densityrm up
 
 test: venv
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(BIN)/ruff check .
