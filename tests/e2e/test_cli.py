@@ -1,71 +1,18 @@
 """What a person meets at the command line: one clear message for bad input, the verdict for good."""
 
-import contextlib
 import gzip
 import json
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import dagster as dg
 import polars as pl
 import pytest
-import yaml
-from mlflow import MlflowClient
-
-from benchmarks.killed_data_stage import kill_and_compare
 
 from ..core.tiny_models import tiny_reward_model
-
-REPOSITORY = Path(__file__).parents[2]
-TINY = {
-    "name": "tiny",
-    "seeds": [0],
-    "planted": {"hh_rows": 120, "ultrafeedback_rows": 120, "stack_exchange_questions": 50},
-    "base_model": {"hidden_size": 32, "layers": 1, "steps": 5, "vocab_size": 600},
-    "reward_model": {"steps": 5, "evaluate_every": 5},
-    "grpo": {"steps": 2},
-    "evaluation": {"prompts": 10, "samples": 1, "bootstrap": 100},
-}
-
-
-def demo(folder: Path, settings: object, command: str = "demo", **environment: str) -> "subprocess.CompletedProcess[str]":
-    path = folder / "experiment.yaml"
-    path.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings))
-    variables = {**os.environ, "DENSITYRM_EXPERIMENT": str(path), "DENSITYRM_HOME": str(folder / "home"), **environment}
-    line = [sys.executable, "-m", "densityrm_dagster", command]
-    return subprocess.run(line, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=300)  # noqa: S603  our own
-
-
-def hh(folder: Path, *lines: str) -> Path:
-    data = folder / "hh"
-    data.mkdir()
-    with gzip.open(data / "rows.jsonl.gz", "wt") as file:
-        file.write("\n".join(lines) + "\n")
-    return data
-
-
-def only_hh(path: Path) -> dict[str, object]:
-    off = {"enabled": False}
-    sources = {"hh_rlhf": {"path": str(path)}, "ultrafeedback": off, "stack_exchange": off}
-    return {**TINY, "sources": sources, "judge": {"kind": "model"}}
-
-
-def good_row(i: int) -> str:
-    turn = f"\n\nHuman: Question {i}?\n\nAssistant:"
-    return json.dumps({"chosen": f"{turn} Yes {i}.", "rejected": f"{turn} No {i}."})
-
-
-def check_one_clear_message(result: "subprocess.CompletedProcess[str]", *words: str) -> None:
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr + result.stdout
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, result.stderr[-3000:]
-    for word in words:
-        assert word in errors[0]
+from .commands import REPOSITORY, TINY, check_one_clear_message, demo, good_row, hh, only_hh
 
 
 @pytest.fixture(scope="module")
@@ -160,79 +107,6 @@ def test_a_missing_folder_is_named(tmp_path: Path):
 def test_a_wrong_experiment_file_stops_before_anything_is_written(tmp_path: Path, settings: str, words: list[str]):
     check_one_clear_message(demo(tmp_path, settings), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["experiment.yaml"]
-
-
-def processes_of(home: Path) -> list[int]:
-    """Processes that work on a state folder."""
-    mark = f"DENSITYRM_HOME={home}".encode()
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark in (entry / "environ").read_bytes().split(b"\0") and "zombie" not in (entry / "status").read_text():
-                found.append(int(entry.name))
-    return found
-
-
-def test_a_killed_demo_leaves_no_process_and_goes_on_where_it_stopped(tmp_path: Path):
-    home, path = tmp_path / "home", tmp_path / "experiment.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "reward_model": {"steps": 3000, "evaluate_every": 1000}}))
-    variables = {**os.environ, "DENSITYRM_EXPERIMENT": str(path), "DENSITYRM_HOME": str(home)}
-    command = [sys.executable, "-m", "densityrm_dagster", "demo"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=variables, stderr=log, stdout=log)  # noqa: S603  our own
-    deadline = time.monotonic() + 200
-    while "rm_uniform[0]" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 30
-    while processes_of(home) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert processes_of(home) == []
-    made = (home / "tiny" / "tables" / "density_weights.parquet").stat().st_mtime_ns
-
-    mirrors = MlflowClient(f"sqlite:///{home / 'mlflow' / 'mlflow.db'}")
-    experiments = [experiment.experiment_id for experiment in mirrors.search_experiments()]
-    assert "RUNNING" in {run.info.status for run in mirrors.search_runs(experiments)}
-
-    result = demo(tmp_path, TINY)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert {run.info.status for run in mirrors.search_runs(experiments)} == {"FINISHED", "KILLED"}
-    with dg.DagsterInstance.from_config(str(home / "tiny" / "dagster")) as instance:
-        assert {run.status for run in instance.get_runs()} == {dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS}
-    assert (home / "tiny" / "tables" / "density_weights.parquet").stat().st_mtime_ns == made
-    assert "base_model[0]" not in result.stderr
-    assert not list(home.rglob("*.tmp"))
-
-
-def test_reading_data_after_a_kill_gives_the_tables_of_a_run_that_nobody_killed(tmp_path: Path):
-    """The short version of `python -m benchmarks.killed_data_stage`."""
-    outcome = kill_and_compare(tmp_path, kills=1, seed=1)
-    assert outcome == {"kills": 1, "identical": 1, "leftovers": 0, "left_running": 0}
-
-
-def test_changed_raw_rows_change_the_tables_of_the_next_run(tmp_path: Path):
-    data = hh(tmp_path, *(good_row(i) for i in range(60)))
-    settings = only_hh(data)
-    assert demo(tmp_path, settings, command="read").returncode == 0
-    again = demo(tmp_path, settings, command="read")
-    assert "everything is up to date" in again.stderr
-    with gzip.open(data / "more.jsonl.gz", "wt") as file:
-        file.write("\n".join(good_row(i) for i in range(60, 90)) + "\n")
-    grown = demo(tmp_path, settings, command="read")
-    assert "HH-RLHF        90 rows read = 90 pairs + 0 rejects" in grown.stdout
-    assert len(pl.read_parquet(tmp_path / "home" / "tiny" / "tables" / "prompts.parquet")) == 90
-
-
-def test_two_experiments_share_a_home_and_do_not_disturb_each_other(tmp_path: Path):
-    data = hh(tmp_path, *(good_row(i) for i in range(60)))
-    one, two = ({**only_hh(data), "name": name} for name in ("one", "two"))
-    for settings in (one, two):
-        assert demo(tmp_path, settings, command="read").returncode == 0
-    for settings in (one, two):
-        assert "everything is up to date" in demo(tmp_path, settings, command="read").stderr
-    tables = [(tmp_path / "home" / name / "tables" / "preference_pairs.parquet").read_bytes() for name in ("one", "two")]
-    assert tables[0] == tables[1]
 
 
 def test_two_commands_at_once_on_one_experiment_are_one_too_many(tmp_path: Path):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from .test_cli import REPOSITORY, TINY
+from .commands import REPOSITORY, TINY
 
 LAUNCH = """
 mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
