@@ -92,7 +92,9 @@ class Training:
 
 
 def _start(training: Training) -> multiprocessing.process.BaseProcess:
-    process = multiprocessing.get_context("spawn").Process(target=training.run)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["densityrm_core.reward_model"])  # only the training itself is to be met by the kills
+    process = context.Process(target=training.run)
     process.start()
     return process
 
