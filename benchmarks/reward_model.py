@@ -20,8 +20,10 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,8 @@ STEPS = {"5m": 12, "47m": 6, "135m": 4}
 
 def main() -> None:
     asked = _arguments()
+    if not find_spec("trl"):
+        sys.exit("TRL is not installed: make bench installs it, or pip install -c constraints.txt -e '.[bench]'")
     steps = asked.steps or STEPS[asked.model]
     texts = real_pairs()
     tokenizer = new_tokenizer(texts)
