@@ -23,9 +23,9 @@ from sentence_transformers import SentenceTransformer
 from benchmarks.measure import interleaved
 from densityrm_core.encoders import dtype_of, load_encoder
 from densityrm_core.estimators import log_density
-from densityrm_core.experiment import DensitySettings, EmbeddingSettings, PlantedSettings, SourceSettings
 from densityrm_core.model_files import located
 from densityrm_core.neighbors import nearest
+from densityrm_core.settings import DensitySettings, EmbeddingSettings, PlantedSettings, SourceSettings
 from densityrm_core.sources import Folders, read_source
 
 Floats = npt.NDArray[np.float32]

@@ -19,9 +19,10 @@ import polars as pl
 import torch
 
 from densityrm_core.checkpoints import CheckpointFolder
-from densityrm_core.experiment import BaseModelSettings, Experiment, RewardModelSettings
+from densityrm_core.experiment import Experiment
 from densityrm_core.models import save_model
 from densityrm_core.reward_model import RewardModelTask, train_reward_model
+from densityrm_core.settings import BaseModelSettings, RewardModelSettings
 from densityrm_core.sft import train_base_model
 from densityrm_core.sources import Folders, read_source
 from densityrm_core.training import Watch

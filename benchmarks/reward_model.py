@@ -123,9 +123,9 @@ def _run(turns: Turns, side: str, pairs: list[IdPair], shape: str, folder: str, 
 
 def _train_ours(turns: Turns, model: Any, pairs: list[IdPair], precision: str) -> None:
     """densityrm_core's own loop and loss."""
-    from densityrm_core.experiment import RewardModelSettings
     from densityrm_core.reward_model import batches_of, preference_loss
     from densityrm_core.scoring import PreferenceTokens
+    from densityrm_core.settings import RewardModelSettings
     from densityrm_core.targets import Targets
     from densityrm_core.training import Part, Plan, Watch, optimize
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from densityrm_core.attention import packed_attention
-from densityrm_core.experiment import ComputeSettings, RewardModelSettings
 from densityrm_core.models import ModelError
 from densityrm_core.packing import backbone_of, decoder_layers, why_padded
 from densityrm_core.ranks import Ranks, shard
+from densityrm_core.settings import ComputeSettings, RewardModelSettings
 from densityrm_core.streams import stream_seed
 
 

@@ -80,17 +80,17 @@ def with_blocks(layout: Layout) -> Layout:
 
 
 @contextlib.contextmanager
-def packed_attention(*modules: Any) -> Generator[None]:
-    """Within, the modules attend by the layout that their forward pass is given as `layout`."""
+def packed_attention(*modules: Any, name: str = NAME) -> Generator[None]:
+    """Within, the modules attend by the layout that their forward pass is given as `layout`, or as the function `name` does."""
     configs = [module.config for module in modules]
     names = [config._attn_implementation for config in configs]
     try:
         for config in configs:
-            config._attn_implementation = NAME
+            config._attn_implementation = name
         yield
     finally:
-        for config, name in zip(configs, names, strict=True):
-            config._attn_implementation = name
+        for config, former in zip(configs, names, strict=True):
+            config._attn_implementation = former
 
 
 @contextlib.contextmanager
@@ -130,8 +130,7 @@ def _narrow(attention: nn.Module, layout: Layout, rows: Tensor) -> Narrow:
     return Narrow(attention, rows, tuple(sizes), tuple(masks), None)
 
 
-@torch.compiler.disable
-def _attend(
+def attend(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -143,12 +142,12 @@ def _attend(
     layout: Layout,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Query (1, heads, T, d), key and value (1, kv heads, T, d) -> (1, T, heads, d)."""
-    attend = _attend_spans if layout.blocks is None else _attend_blocks
+    """What transformers calls of a packed row: query (1, heads, T, d), key and value (1, kv heads, T, d) -> (1, T, heads, d)."""
+    attend_row = _attend_spans if layout.blocks is None else _attend_blocks
     narrow = layout.narrow
     if narrow is None or narrow.attention is not module:
-        return attend(query, key, value, layout, layout, scaling, dropout), None
-    done = attend(query.index_select(2, narrow.rows), key, value, layout, narrow, scaling, dropout)
+        return attend_row(query, key, value, layout, layout, scaling, dropout), None
+    done = attend_row(query.index_select(2, narrow.rows), key, value, layout, narrow, scaling, dropout)
     return _spread(done, narrow.rows, len(layout.group)), None
 
 
@@ -210,4 +209,4 @@ def _spread(done: Tensor, rows: Tensor, tokens: int) -> Tensor:
     return done.new_zeros(1, tokens, *done.shape[2:]).index_copy(1, rows, done)
 
 
-AttentionInterface.register(NAME, _attend)
+AttentionInterface.register(NAME, torch.compiler.disable(attend))

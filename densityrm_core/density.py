@@ -26,9 +26,9 @@ from densityrm_core.estimators import (
     sample_for_bandwidth,
     stratum,
 )
-from densityrm_core.experiment import ComputeSettings, DensitySettings
 from densityrm_core.neighbors import Search, build_search
 from densityrm_core.prompts import id_keys
+from densityrm_core.settings import ComputeSettings, DensitySettings
 from densityrm_core.storage import Stored, read_frame, table_writer
 from densityrm_core.vectors import Halves, Rows, blocks, map_vectors, take
 from densityrm_core.weights import ESS_TOLERANCE, Tempered, temper_weights

@@ -12,9 +12,9 @@ import polars as pl
 from scipy.stats import spearmanr
 
 from densityrm_core.density import Points, Weighing
-from densityrm_core.experiment import DensitySettings
 from densityrm_core.original import NEIGHBORS, checklist, original_weights
 from densityrm_core.prompts import id_keys
+from densityrm_core.settings import DensitySettings
 from densityrm_core.storage import batches, rows_at
 from densityrm_core.weights import describe_weights, effective_fraction
 

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from densityrm_core.experiment import EmbeddingSettings
 from densityrm_core.model_files import EmbeddingError, normalize, revision_of, split_kind
 from densityrm_core.prompts import id_keys
+from densityrm_core.settings import EmbeddingSettings
 from densityrm_core.storage import Stored, batches, read_frame, table_writer, temporary_folder
 from densityrm_core.tables import PROMPT_EMBEDDINGS
 from densityrm_core.vector_cache import VectorCache

@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from densityrm_core.experiment import EmbeddingSettings
 from densityrm_core.hardware import fast_bfloat16
 from densityrm_core.model_files import EmbeddingError, located, normalize, not_to_be_had, split_kind
+from densityrm_core.settings import EmbeddingSettings
 
 Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import logsumexp
 
-from densityrm_core.experiment import DensitySettings
+from densityrm_core.settings import DensitySettings
 
 Doubles = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ import polars as pl
 import torch
 
 from densityrm_core import tables
-from densityrm_core.experiment import EvaluationSettings, GrpoSettings
+from densityrm_core.decoding import Decoding
 from densityrm_core.grpo import RewardScale
 from densityrm_core.judge import Judge
+from densityrm_core.likelihood import log_probs
 from densityrm_core.models import load_causal_lm, load_codec, load_reward_model
-from densityrm_core.packing import log_probs, pack
+from densityrm_core.packing import pack
 from densityrm_core.prompts import id_keys
 from densityrm_core.rollout import sample_completions
 from densityrm_core.scoring import score_groups
+from densityrm_core.settings import EvaluationSettings, GrpoSettings
 from densityrm_core.streams import stream_seed, unit_intervals
 from densityrm_core.tokens import Codec
 
@@ -102,9 +104,9 @@ def with_key(frame: pl.DataFrame, table: tables.Table, **key: str | int) -> pl.D
 
 def _replies(model: Any, prompts: list[list[int]], codec: Codec, exam: PolicyExam, start: int) -> list[list[list[int]]]:
     seed = stream_seed(exam.seed, "policy evaluation", start)
-    longest, temperature = exam.grpo.max_new_tokens, exam.grpo.temperature
-    greedy = sample_completions(model, prompts, codec, 1, longest, seed, temperature=0)
-    sampled = sample_completions(model, prompts, codec, exam.evaluation.samples, longest, seed, temperature)
+    sampling = Decoding(exam.grpo.max_new_tokens, exam.grpo.temperature)
+    greedy = sample_completions(model, prompts, codec.eos, 1, replace(sampling, temperature=0), seed).groups
+    sampled = sample_completions(model, prompts, codec.eos, exam.evaluation.samples, sampling, seed).groups
     return [one + several for one, several in zip(greedy, sampled, strict=True)]
 
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from densityrm_core.checkpoints import key_of
-from densityrm_core.experiment import GrpoSettings, SamplingSettings
+from densityrm_core.decoding import Decoding
+from densityrm_core.likelihood import log_probs
 from densityrm_core.models import load_causal_lm, load_codec, load_reward_model, read_card
-from densityrm_core.packing import log_probs, pack
+from densityrm_core.packing import pack
 from densityrm_core.rollout import sample_completions
 from densityrm_core.sampling import make_sampler
 from densityrm_core.scoring import score_groups
+from densityrm_core.settings import GrpoSettings, SamplingSettings
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import Codec
 from densityrm_core.training import Part, Plan, Watch, optimize
@@ -76,15 +78,9 @@ def train_policy(
 
     def parts_at(step: int) -> Iterator[Part]:
         chosen = [contexts[i] for i in sampler.batch(step, settings.prompts_per_step)]
-        groups = sample_completions(
-            policy,
-            chosen,
-            codec,
-            settings.group_size,
-            settings.max_new_tokens,
-            stream_seed(seed, "grpo", "rollout", step),
-            settings.temperature,
-        )
+        decoding = Decoding(settings.max_new_tokens, settings.temperature)
+        seeds = stream_seed(seed, "grpo", "rollout", step)
+        groups = sample_completions(policy, chosen, codec.eos, settings.group_size, decoding, seeds).groups
         reward = scale.standardise(score_groups(judge, chosen, groups))
         batch = pack(list(zip(chosen, groups, strict=True)), policy.device)
         with torch.no_grad():
@@ -110,7 +106,7 @@ def train_policy(
 
     def past_budget() -> bool:
         recent = memory["divergence"][-_KL_WINDOW:]
-        return len(recent) == _KL_WINDOW and sum(recent) / _KL_WINDOW > settings.kl_budget
+        return settings.kl_budget is not None and len(recent) == _KL_WINDOW and sum(recent) / _KL_WINDOW > settings.kl_budget
 
     plan = Plan(
         settings.steps,
@@ -153,7 +149,8 @@ def reward_scale(
     """Mean and standard deviation of the reward over completions of the base policy."""
     chosen = contexts[:_SCALE_PROMPTS]
     seed = stream_seed(seed, "grpo", "scale")
-    groups = sample_completions(base, chosen, codec, _SCALE_SAMPLES, settings.max_new_tokens, seed, settings.temperature)
+    decoding = Decoding(settings.max_new_tokens, settings.temperature)
+    groups = sample_completions(base, chosen, codec.eos, _SCALE_SAMPLES, decoding, seed).groups
     rewards = score_groups(reward_model, chosen, groups)
     return RewardScale(rewards.mean().item(), max(rewards.std().item(), 1e-6))
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from densityrm_core.experiment import PlantedSettings
 from densityrm_core.models import ModelError, load_codec, load_reward_model
 from densityrm_core.scoring import score_groups
+from densityrm_core.settings import PlantedSettings
 from densityrm_core.sources.planted import PlantedWorld
 
 Context = Sequence[Mapping[str, str]]

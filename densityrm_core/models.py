@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from densityrm_core.experiment import BaseModelSettings
 from densityrm_core.ranks import SOLO, Ranks, whole
+from densityrm_core.settings import BaseModelSettings
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import CHAT_TEMPLATE, Codec
 

@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from densityrm_core.experiment import Experiment, SourceSettings
+from densityrm_core.experiment import Experiment
+from densityrm_core.settings import SourceSettings
 from densityrm_core.sources.files import raw_files
 from densityrm_core.sources.nanochat_pairs import PAIRS_FILE, pairs_file
 from densityrm_core.sources.parsing import parse_rows

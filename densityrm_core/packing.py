@@ -93,16 +93,7 @@ def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
 
 def rewards(model: Any, batch: Packed) -> Tensor:
     """Scalar reward of every branch, read at its last token, (branches,), float32."""
-    return model.score(_states_at(model, batch, batch.ends)).squeeze(-1).float()
-
-
-def log_probs(model: Any, batch: Packed, temperature: float = 1.0) -> Tensor:
-    """Log-probability of every branch token given what stands before it, (tokens,), float32, in nats."""
-    logits = model.get_output_embeddings()(_states_at(model, batch, batch.sources)).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
-    return -nn.functional.cross_entropy(logits / temperature, batch.targets, reduction="none")
+    return model.score(states_at(model, batch, batch.ends)).squeeze(-1).float()
 
 
 def why_padded(model: nn.Module) -> str:
@@ -112,7 +103,7 @@ def why_padded(model: nn.Module) -> str:
     return _refused[model]
 
 
-def _states_at(model: nn.Module, batch: Packed, rows: Tensor) -> Tensor:
+def states_at(model: nn.Module, batch: Packed, rows: Tensor) -> Tensor:
     """Last hidden states at some rows, (rows, hidden); the last layer is spared the others where it lets itself be narrowed."""
     if why_padded(model):
         return _padded(model, batch)[rows]

@@ -14,7 +14,6 @@ import polars as pl
 
 from densityrm_core.adaptation import adapt
 from densityrm_core.checkpoints import Best, key_of
-from densityrm_core.experiment import ComputeSettings, RewardModelSettings, SamplingSettings
 from densityrm_core.losses import bradley_terry_loss, centering_penalty, correctness
 from densityrm_core.models import load_codec, load_reward_model, new_reward_model, pick_device, save_model
 from densityrm_core.packing import pack, rewards, split_by_tokens
@@ -23,6 +22,7 @@ from densityrm_core.rank_processes import on_ranks
 from densityrm_core.ranks import Ranks, join
 from densityrm_core.sampling import make_sampler
 from densityrm_core.scoring import PreferenceTokens, score_pairs, tokenize_pairs
+from densityrm_core.settings import ComputeSettings, RewardModelSettings, SamplingSettings
 from densityrm_core.streams import stream_seed
 from densityrm_core.targets import Targets, targets_of
 from densityrm_core.tokens import Codec

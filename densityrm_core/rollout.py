@@ -1,88 +1,173 @@
-"""Completions sampled from a policy: each prompt computed once for its whole group."""
+"""Completions sampled from a policy: each prompt computed once for its whole group, finished rows leave the batch.
+
+A token is drawn by a key of (seed, prompt, member, place) alone, so a completion is the same whatever else is in the batch, as
+far as the logits are: kernels for other shapes may round their last bit otherwise.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from densityrm_core.packing import Ids
-from densityrm_core.tokens import Codec
+from densityrm_core.attention import packed_attention
+from densityrm_core.decoding import Decoding, choose, member_keys, points_at, prompt_keys
+from densityrm_core.kv_cache import NAME, KeyValues
+from densityrm_core.likelihood import logits_of
+from densityrm_core.packing import Ids, backbone_of, pack, why_padded
+from densityrm_core.streams import Words
+
+_COMPACT_BELOW = 0.75  # of the rows still writing
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions of every prompt's group, as ids, each with the log-probability of every token as it was sampled, in nats.
+
+    A completion ends with end-of-sequence unless it was cut off.
+    """
+
+    groups: list[list[list[int]]]
+    log_probs: list[list[list[float]]]
 
 
 @torch.no_grad()
 def sample_completions(
     policy: Any,
     prompts: Sequence[Ids],
-    codec: Codec,
+    eos: int,
     group_size: int,
-    max_new_tokens: int,
+    decoding: Decoding,
     seed: int,
-    temperature: float = 1.0,
-) -> list[list[list[int]]]:
-    """`group_size` completions of every prompt, as ids; a completion ends with end-of-sequence unless it was cut off.
+    keys: Words | None = None,
+) -> Rollout:
+    """`group_size` completions of every prompt.
 
     Args:
-        seed: the draws are a function of it and of the prompts in this call, given the policy.
-        temperature: 0 takes the likeliest token (`group_size` equal completions).
+        eos: the token that ends a completion.
+        seed: with a prompt's tokens, and how often it stands before in the list, it decides what is drawn.
+        keys: of `prompt_keys`, where the prompts are part of a longer list; they take the place of the seed.
     """
-    from transformers import DynamicCache
-
+    if not prompts:
+        return Rollout([], [])
+    members = member_keys(prompt_keys(prompts, seed) if keys is None else keys, group_size)
+    training = policy.training
     policy.eval()
-    generator = torch.Generator().manual_seed(seed)
-    ids, seen = _left_padded(prompts, codec.pad)
-    cache = DynamicCache(config=policy.config)
-    logits = _next_logits(policy, ids, seen, seen.cumsum(1).sub(1).clamp(min=0), cache)
-    cache.batch_repeat_interleave(group_size)
-    logits, seen = logits.repeat_interleave(group_size, 0), seen.repeat_interleave(group_size, 0)
-    written = torch.full((len(seen), max_new_tokens), codec.pad)
-    alive = torch.arange(len(seen))
-    for t in range(max_new_tokens):
-        token = _choose(logits, temperature, generator)
-        written[alive, t] = token
-        going = token != codec.eos
-        if t + 1 == max_new_tokens or not going.any():
+    decoder = (_Padded if why_padded(policy) else _Packed)(policy, prompts, group_size, decoding.max_new_tokens)
+    try:
+        written, log_probs = _decode(decoder, members, eos, decoding)
+    finally:
+        policy.train(training)
+    lengths = ((written == eos).cumsum(1) == 0).sum(1).add(1).clamp(max=decoding.max_new_tokens).tolist()
+    tokens = [row[:n] for row, n in zip(written.tolist(), lengths, strict=True)]
+    values = [row[:n] for row, n in zip(log_probs.tolist(), lengths, strict=True)]
+    starts = range(0, len(tokens), group_size)
+    return Rollout([tokens[i : i + group_size] for i in starts], [values[i : i + group_size] for i in starts])
+
+
+def _decode(decoder: _Decoder, members: Words, eos: int, decoding: Decoding) -> tuple[Tensor, Tensor]:
+    """Tokens and their log-probabilities, (rows, max_new_tokens) each, on the CPU; meaningless behind a row's end."""
+    logits = decoder.prompts()
+    written = torch.full((len(members), decoding.max_new_tokens), eos)
+    log_probs = torch.zeros(written.shape)
+    alive = torch.arange(len(members))
+    for place in range(decoding.max_new_tokens):
+        token, log_prob = choose(logits, decoding, points_at(members, place).to(logits.device))
+        written[alive, place], log_probs[alive, place] = token.cpu(), log_prob.cpu()
+        going = token != eos
+        if place + 1 == decoding.max_new_tokens or not going.any():
             break
-        if int(going.sum()) <= 0.75 * len(going):  # finished rows leave the batch
-            alive, token, seen = alive[going], token[going], seen[going]
-            cache.batch_select_indices(going.nonzero().squeeze(1).to(policy.device))
-        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
-        logits = _next_logits(policy, token[:, None], seen, seen.sum(1, keepdim=True) - 1, cache)
-    completions = [_until_end(row, codec.eos, max_new_tokens) for row in written.tolist()]
-    return [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
+        if int(going.sum()) <= _COMPACT_BELOW * len(going):
+            rows = going.nonzero().squeeze(1)
+            decoder.keep(rows)
+            token, rows = token[rows], rows.cpu()
+            alive, members = alive[rows], members[rows.numpy()]
+        logits = decoder.next(token)
+    return written, log_probs
 
 
-def _left_padded(prompts: Sequence[Ids], pad: int) -> tuple[Tensor, Tensor]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids, seen
+class _Decoder(ABC):
+    """A policy that has read some prompts; logits are those of the next token of every row, (rows, vocabulary), float32."""
+
+    def __init__(self, policy: Any, prompts: Sequence[Ids], group_size: int, max_new_tokens: int) -> None:
+        self._policy, self._prompts, self._group_size = policy, prompts, group_size
+        self._max_new_tokens = max_new_tokens
+
+    @abstractmethod
+    def prompts(self) -> Tensor:
+        """Logits behind every prompt, repeated for its group."""
+
+    @abstractmethod
+    def next(self, tokens: Tensor) -> Tensor:
+        """Logits behind one more token a row, (rows,)."""
+
+    @abstractmethod
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
 
 
-def _next_logits(policy: Any, ids: Tensor, seen: Tensor, positions: Tensor, cache: Any) -> Tensor:
-    """Logits of the next token of every row, (rows, vocabulary), float32, on the CPU."""
-    device = policy.device
-    output = policy(
-        input_ids=ids.to(device),
-        attention_mask=seen.to(device),
-        position_ids=positions.to(device),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1].float().cpu()
+class _Packed(_Decoder):
+    """Prompts in one row without padding, keys and values in buffers of their final size."""
+
+    def prompts(self) -> Tensor:
+        batch = pack([(prompt, []) for prompt in self._prompts], self._policy.device)
+        lengths = torch.tensor([len(prompt) for prompt in self._prompts], device=self._policy.device)
+        self._cache = KeyValues(lengths, self._group_size, self._max_new_tokens)
+        states = self._states(batch.ids, batch.positions, layout=batch.layout)[0, lengths.cumsum(0) - 1]
+        self._positions = lengths.repeat_interleave(self._group_size)
+        return logits_of(self._policy, states).repeat_interleave(self._group_size, 0)
+
+    def next(self, tokens: Tensor) -> Tensor:
+        states = self._states(tokens[:, None], self._positions[:, None])[:, 0]
+        self._cache.filled += 1
+        self._positions = self._positions + 1
+        return logits_of(self._policy, states)
+
+    def keep(self, rows: Tensor) -> None:
+        self._cache.keep(rows)
+        self._positions = self._positions[rows]
+
+    def _states(self, ids: Tensor, positions: Tensor, **further: Any) -> Tensor:
+        backbone = backbone_of(self._policy)
+        with packed_attention(self._policy, backbone, name=NAME):
+            output = backbone(input_ids=ids, position_ids=positions, cache=self._cache, use_cache=False, **further)
+        return output.last_hidden_state
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """One token a row by inversion of the cumulative distribution, (rows,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-    point = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, point).squeeze(1).clamp_(max=logits.shape[1] - 1)
+class _Padded(_Decoder):
+    """Prompts padded on the left, keys and values in transformers' own cache: for models that do not take packed rows."""
 
+    def prompts(self) -> Tensor:
+        from transformers import DynamicCache
 
-def _until_end(row: list[int], eos: int, longest: int) -> list[int]:
-    return row[: row.index(eos) + 1] if eos in row else row[:longest]
+        width = max(map(len, self._prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in self._prompts])
+        seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in self._prompts])
+        self._cache, self._seen = DynamicCache(config=self._policy.config), seen.to(self._policy.device)
+        logits = self._logits(ids.to(self._policy.device), self._seen.cumsum(1).sub(1).clamp(min=0))
+        self._cache.batch_repeat_interleave(self._group_size)
+        self._seen = self._seen.repeat_interleave(self._group_size, 0)
+        return logits.repeat_interleave(self._group_size, 0)
+
+    def next(self, tokens: Tensor) -> Tensor:
+        self._seen = torch.cat([self._seen, self._seen.new_ones(len(self._seen), 1)], 1)
+        return self._logits(tokens[:, None], self._seen.sum(1, keepdim=True) - 1)
+
+    def keep(self, rows: Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+        self._seen = self._seen[rows]
+
+    def _logits(self, ids: Tensor, positions: Tensor) -> Tensor:
+        output = self._policy(
+            input_ids=ids,
+            attention_mask=self._seen,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from densityrm_core.experiment import SamplingSettings
+from densityrm_core.settings import SamplingSettings
 from densityrm_core.streams import Words, mix64, stream_seed
 
 Ints = npt.NDArray[np.int64]

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from densityrm_core.experiment import PairsSettings
 from densityrm_core.runs import runs
+from densityrm_core.settings import PairsSettings
 from densityrm_core.streams import unit_intervals
 
 Keys = npt.NDArray[np.uint64]

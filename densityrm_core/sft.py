@@ -12,10 +12,11 @@ import polars as pl
 
 from densityrm_core.base_models import as_hugging_face
 from densityrm_core.checkpoints import key_of
-from densityrm_core.experiment import BaseModelSettings
+from densityrm_core.likelihood import log_probs
 from densityrm_core.models import fit_to_tokenizer, load_causal_lm, load_tokenizer, scratch_model
-from densityrm_core.packing import log_probs, pack
+from densityrm_core.packing import pack
 from densityrm_core.sampling import SystematicSampler
+from densityrm_core.settings import BaseModelSettings
 from densityrm_core.tokens import Codec
 from densityrm_core.training import Part, Plan, Watch, optimize
 

@@ -10,7 +10,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from densityrm_core.experiment import RewardModelSettings
+from densityrm_core.settings import RewardModelSettings
 
 Numbers = npt.NDArray[np.int64]
 

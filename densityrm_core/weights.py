@@ -10,7 +10,7 @@ import numpy.typing as npt
 import polars as pl
 from scipy.optimize import brentq
 
-from densityrm_core.experiment import DensitySettings
+from densityrm_core.settings import DensitySettings
 
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

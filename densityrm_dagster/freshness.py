@@ -8,7 +8,8 @@ from typing import Any
 
 import dagster as dg
 
-from densityrm_core.experiment import Experiment, Settings
+from densityrm_core.experiment import Experiment
+from densityrm_core.settings import Settings
 from densityrm_core.sources import SourceError, files_of
 
 STAMP = "source_stamp"  # metadata of a source's pairs: state of the raw files that they were read from

@@ -5,8 +5,9 @@ from typing import Any, TypeVar, cast
 import dagster as dg
 from pydantic import Field, ValidationError, create_model
 
-from densityrm_core.experiment import Experiment, Settings, describe
+from densityrm_core.experiment import Experiment, describe
 from densityrm_core.processes import exit_with_parent
+from densityrm_core.settings import Settings
 
 S = TypeVar("S", bound=Settings)
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import polars as pl
 
-from densityrm_core.experiment import Experiment, Settings
+from densityrm_core.experiment import Experiment
+from densityrm_core.settings import Settings
 from densityrm_core.storage import read_frame
 from densityrm_dagster.metadata import markdown_table, plot
 

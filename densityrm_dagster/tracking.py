@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from densityrm_core import plots
-from densityrm_core.experiment import ComputeSettings, Experiment, Settings
+from densityrm_core.experiment import Experiment
+from densityrm_core.settings import ComputeSettings, Settings
 from densityrm_dagster.metadata import plot
 from densityrm_dagster.mlflow_resource import MirroredRun, MLflowTracker
 from densityrm_dagster.registry import register_reward_model

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from densityrm_core.experiment import SourceSettings
+from densityrm_core.settings import SourceSettings
 from densityrm_core.sources.rows import Pair, Reject, Turn, context_fault, reply_fault, text_field
 
 SRC = "hh"

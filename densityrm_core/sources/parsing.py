@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 import polars as pl
 
-from densityrm_core.experiment import SourceSettings
+from densityrm_core.settings import SourceSettings
 from densityrm_core.sources import hh_rlhf, nanochat_pairs, stack_exchange, ultrafeedback
 from densityrm_core.sources.files import RawRow
 from densityrm_core.sources.rows import REASONS, MalformedError, Pair, Reject, comparison_key, pair_id, prompt_id

@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.random import Generator
 
-from densityrm_core.experiment import PlantedSettings
+from densityrm_core.settings import PlantedSettings
 from densityrm_core.sources.planted_world import FOLLOW_UPS, PlantedWorld, pick
 from densityrm_core.storage import replacing
 

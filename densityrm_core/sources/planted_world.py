@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.random import Generator
 
-from densityrm_core.experiment import PlantedSettings
+from densityrm_core.settings import PlantedSettings
 from densityrm_core.streams import stream
 
 T = TypeVar("T")

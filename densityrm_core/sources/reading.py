@@ -11,8 +11,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from densityrm_core.experiment import PLANTED, PlantedSettings, SourceSettings
 from densityrm_core.processes import ordered_map
+from densityrm_core.settings import PLANTED, PlantedSettings, SourceSettings
 from densityrm_core.sources.files import RawFile, RawRow, raw_files
 from densityrm_core.sources.nanochat_pairs import pairs_file
 from densityrm_core.sources.parsing import Parsed, SourceName, parse_rows

@@ -15,7 +15,7 @@ from bs4.element import NavigableString
 from bs4.exceptions import ParserRejectedMarkup
 from markdownify import MarkdownConverter
 
-from densityrm_core.experiment import SourceSettings, StackExchangeSettings
+from densityrm_core.settings import SourceSettings, StackExchangeSettings
 from densityrm_core.sources.rows import MalformedError, Pair, Reject, Turn, number_field, objects_field, reply_fault, text_field
 
 SRC = "stack_exchange"

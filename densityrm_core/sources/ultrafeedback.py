@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from densityrm_core.experiment import SourceSettings
+from densityrm_core.settings import SourceSettings
 from densityrm_core.sources.rows import Pair, Reject, Turn, context_fault, number_field, objects_field, reply_fault, text_field
 
 SRC = "ultrafeedback"

@@ -9,7 +9,8 @@ import polars as pl
 
 from densityrm_core import plots, tables
 from densityrm_core.arms import ARMS
-from densityrm_core.experiment import Experiment, Settings
+from densityrm_core.experiment import Experiment
+from densityrm_core.settings import Settings
 from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content
 from densityrm_dagster.failures import clear_failures

@@ -9,8 +9,8 @@ from typing import Any
 
 import polars as pl
 
-from densityrm_core.experiment import NanochatSettings, PlantedSettings, SourceSettings, StackExchangeSettings
 from densityrm_core.selection import Taken
+from densityrm_core.settings import NanochatSettings, PlantedSettings, SourceSettings, StackExchangeSettings
 from densityrm_core.sources import Folders, SourceName, read_source
 from densityrm_core.sources.parsing import pair_row
 from densityrm_core.sources.rows import Pair, Turn

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 
 from densityrm_core.density import DensityError
 from densityrm_core.estimators import bandwidth_of, distances, log_density
-from densityrm_core.experiment import DensitySettings
+from densityrm_core.settings import DensitySettings
 from densityrm_core.validation import check_pair_weights, check_weights
 from densityrm_core.weights import describe_weights
 from tests.core.points import points, unit, vmf_mixture, weigh, weights_of

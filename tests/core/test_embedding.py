@@ -15,9 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from densityrm_core import embedding
 from densityrm_core.embedding import Embedded, embed_prompts
 from densityrm_core.encoders import load_encoder
-from densityrm_core.experiment import EmbeddingSettings
 from densityrm_core.model_files import EmbeddingError, located
 from densityrm_core.prompts import prompt_ids
+from densityrm_core.settings import EmbeddingSettings
 from densityrm_core.storage import write_frame
 from densityrm_core.tables import PROMPTS
 
@@ -199,7 +199,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from densityrm_core import embedding
-from densityrm_core.experiment import EmbeddingSettings
+from densityrm_core.settings import EmbeddingSettings
 embedding.SHARD = 16
 folder, model = Path(sys.argv[1]), sys.argv[2]
 def stop(done, total):

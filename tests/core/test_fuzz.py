@@ -14,7 +14,7 @@ from typing import Any, get_args
 import polars as pl
 import pytest
 
-from densityrm_core.experiment import SourceSettings, StackExchangeSettings
+from densityrm_core.settings import SourceSettings, StackExchangeSettings
 from densityrm_core.sources import REASONS, Parsed, SourceName, parse_rows
 from densityrm_core.sources.files import RawRow
 from densityrm_core.tables import REJECTS, SOURCE_PAIRS

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from densityrm_core.experiment import SourceSettings, StackExchangeSettings
+from densityrm_core.settings import SourceSettings, StackExchangeSettings
 from densityrm_core.sources import SourceName, parse_rows
 from densityrm_core.sources.files import RawRow
 from densityrm_core.sources.stack_exchange import text_from_html

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from densityrm_core.experiment import PlantedSettings, SourceSettings
+from densityrm_core.settings import PlantedSettings, SourceSettings
 from densityrm_core.sources import Folders, read_source
 from densityrm_core.sources import hub as hub_module
 from densityrm_core.sources.hub import HubFile, download, hub_files

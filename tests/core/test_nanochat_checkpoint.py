@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from densityrm_core.base_models import as_hugging_face
-from densityrm_core.experiment import BaseModelSettings
 from densityrm_core.models import (
     ModelError,
     fit_to_tokenizer,
@@ -22,6 +21,7 @@ from densityrm_core.models import (
     save_model,
 )
 from densityrm_core.packing import pack, rewards, why_padded
+from densityrm_core.settings import BaseModelSettings
 from densityrm_core.sft import train_base_model
 from densityrm_core.tokens import Codec
 from densityrm_core.training import Watch

@@ -17,9 +17,10 @@ from transformers import (
 )
 
 from densityrm_core.attention import lay_out, with_blocks
+from densityrm_core.likelihood import log_probs
 from densityrm_core.losses import bradley_terry_loss
 from densityrm_core.nanochat_classifier import register_classifier
-from densityrm_core.packing import hidden_states, log_probs, pack, rewards, split_by_tokens, why_padded
+from densityrm_core.packing import hidden_states, pack, rewards, split_by_tokens, why_padded
 
 COMMON = {
     "vocab_size": 120,

@@ -8,10 +8,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from densityrm_core.experiment import PairsSettings, SplitSettings
 from densityrm_core.pairs import PairsError, Union, require_splits, unite_pairs
 from densityrm_core.prompts import PromptError, PromptKeys, index_prompts, prompt_ids, unique_prompts
 from densityrm_core.selection import Taken
+from densityrm_core.settings import PairsSettings, SplitSettings
 from densityrm_core.storage import read_frame, write_frame
 from densityrm_core.tables import SOURCE_PAIRS
 

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from densityrm_core.experiment import PlantedSettings
+from densityrm_core.settings import PlantedSettings
 from densityrm_core.sources import SourceName
 from densityrm_core.sources.planted import planted_file, planted_rows, write_raw
 from densityrm_core.sources.planted_world import CLOSINGS, OPENINGS, TOPICS, PlantedWorld

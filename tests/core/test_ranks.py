@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from densityrm_core.checkpoints import CheckpointFolder
-from densityrm_core.experiment import BaseModelSettings, ComputeSettings, RewardModelSettings
 from densityrm_core.models import save_model
 from densityrm_core.rank_processes import RanksError, on_ranks
 from densityrm_core.ranks import Ranks
 from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, train_reward_model
+from densityrm_core.settings import BaseModelSettings, ComputeSettings, RewardModelSettings
 from densityrm_core.sft import train_base_model
 from densityrm_core.training import Plan, TrainingError, TrainingStoppedError, Watch
 
@@ -24,7 +24,7 @@ UNDER_TORCHRUN = """
 import json, sys
 from pathlib import Path
 import numpy as np, polars as pl, torch
-from densityrm_core.experiment import ComputeSettings, RewardModelSettings
+from densityrm_core.settings import ComputeSettings, RewardModelSettings
 from densityrm_core.reward_model import RewardModelTask, train_reward_model
 from densityrm_core.training import Watch
 torch.set_num_threads(1)

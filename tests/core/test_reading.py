@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from densityrm_core.experiment import PlantedSettings, SourceSettings, StackExchangeSettings
+from densityrm_core.settings import PlantedSettings, SourceSettings, StackExchangeSettings
 from densityrm_core.sources import Folders, SourceError, SourceRead, files_of, read_source
 from densityrm_core.sources.planted import write_raw
 

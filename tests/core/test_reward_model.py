@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from densityrm_core.checkpoints import CheckpointFolder
-from densityrm_core.experiment import BaseModelSettings, ComputeSettings, DensitySettings, RewardModelSettings
 from densityrm_core.losses import bradley_terry_loss, centering_penalty
 from densityrm_core.models import ModelError, load_codec, new_reward_model, save_model
 from densityrm_core.precision import takes_bfloat16
@@ -17,6 +16,7 @@ from densityrm_core.ranks import SOLO
 from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, batches_of, preference_loss, train_reward_model
 from densityrm_core.sampling import IidSampler, uniform_weights
 from densityrm_core.scoring import tokenize_pairs
+from densityrm_core.settings import BaseModelSettings, ComputeSettings, DensitySettings, RewardModelSettings
 from densityrm_core.sft import train_base_model
 from densityrm_core.targets import relative_lead, targets_of
 from densityrm_core.training import TrainingStoppedError, Watch

@@ -7,14 +7,16 @@ import polars as pl
 import pytest
 import torch
 
-from densityrm_core.experiment import BaseModelSettings, GrpoSettings, RewardModelSettings
+from densityrm_core.decoding import Decoding
 from densityrm_core.grpo import group_advantages, grpo_loss, train_policy
+from densityrm_core.likelihood import log_probs
 from densityrm_core.losses import bradley_terry_loss, correctness
 from densityrm_core.models import load_causal_lm, load_codec, load_reward_model, new_reward_model, save_model
-from densityrm_core.packing import log_probs, pack, rewards
+from densityrm_core.packing import pack, rewards
 from densityrm_core.reward_model import RewardModelTask, train_reward_model
 from densityrm_core.rollout import sample_completions
 from densityrm_core.scoring import tokenize_pairs
+from densityrm_core.settings import BaseModelSettings, GrpoSettings, RewardModelSettings
 from densityrm_core.sft import train_base_model
 from densityrm_core.training import Plan, TrainingError, TrainingStoppedError, Watch, learning_rate_at, optimize
 
@@ -100,9 +102,7 @@ def test_log_probs_equal_the_full_softmax(base: Path):
 def test_sampled_completions_come_from_the_policys_own_distribution(base: Path):
     model, codec = load_causal_lm(base).eval(), load_codec(base)
     prompt = codec.prompt([{"role": "user", "content": "How do I fix my violin number 2?"}])
-    first = [
-        group[0] for group in sample_completions(model, [prompt], codec, 4000, 1, seed=0)[0:1] for group in [[c] for c in group]
-    ]
+    first = [reply for reply in sample_completions(model, [prompt], codec.eos, 4000, Decoding(1), seed=0).groups[0]]
     counts = torch.bincount(torch.tensor([c[0] for c in first]), minlength=model.config.vocab_size) / len(first)
     expected = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
     assert (counts - expected).abs().max() < 0.03
@@ -111,7 +111,7 @@ def test_sampled_completions_come_from_the_policys_own_distribution(base: Path):
 def test_greedy_completions_equal_hugging_face_generate(base: Path):
     model, codec = load_causal_lm(base).eval(), load_codec(base)
     prompts = [codec.prompt([{"role": "user", "content": text}]) for text in ("How do I fix my violin number 2?", "Why?")]
-    ours = sample_completions(model, prompts, codec, 2, 12, seed=0, temperature=0)
+    ours = sample_completions(model, prompts, codec.eos, 2, Decoding(12, temperature=0), seed=0).groups
     for prompt, group in zip(prompts, ours, strict=True):
         theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :].tolist()
         assert group[0] == group[1] == theirs
@@ -120,7 +120,7 @@ def test_greedy_completions_equal_hugging_face_generate(base: Path):
 def test_rollouts_repeat_with_their_seed(base: Path):
     model, codec = load_causal_lm(base), load_codec(base)
     prompts = [codec.prompt([{"role": "user", "content": "How?"}])]
-    first, again, other = (sample_completions(model, prompts, codec, 8, 12, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (sample_completions(model, prompts, codec.eos, 8, Decoding(12), seed=seed) for seed in (1, 1, 2))
     assert first == again != other
 
 

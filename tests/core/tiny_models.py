@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from densityrm_core.experiment import BaseModelSettings
 from densityrm_core.models import new_reward_model, save_model, scratch_model
+from densityrm_core.settings import BaseModelSettings
 from densityrm_core.tokens import Codec
 
 TEXTS = ["How do I fix my bicycle?", "Sure, oil it. Then ride it.", "No. Why would you ask that?", "Is a tomato a fruit?"]

@@ -4,7 +4,8 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from densityrm_core.experiment import Experiment, RewardModelSettings
+from densityrm_core.experiment import Experiment
+from densityrm_core.settings import RewardModelSettings
 from densityrm_dagster.launch import chosen, launch_config
 
 from .conftest import Run
