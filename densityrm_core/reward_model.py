@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import torch
 
 from densityrm_core.adaptation import adapt
 from densityrm_core.checkpoints import Best, key_of
@@ -62,6 +63,12 @@ class TrainedRewardModel:
     codec: Codec
     step: int
     metrics: dict[str, float]
+
+    @property
+    def card(self) -> dict[str, float]:
+        """What its folder says of the weights: their step, and the scale of their rewards if there was a validation split."""
+        names = {"reward_mean": "eval/reward_mean", "reward_std": "eval/reward_std"}
+        return {"step": self.step, **{name: self.metrics[metric] for name, metric in names.items() if metric in self.metrics}}
 
 
 def train_reward_model(task: RewardModelTask, watch: Watch) -> TrainedRewardModel:
@@ -165,8 +172,14 @@ def _measured(model: Any, batch: Batch, targets: Targets, task: RewardModelTask,
 def _evaluate(model: Any, held_out: Sequence[PreferenceTokens]) -> dict[str, float]:
     chosen, rejected = score_pairs(model, held_out)
     lead = chosen - rejected
-    loss = bradley_terry_loss(chosen, rejected).item()
-    return {"eval/accuracy": correctness(lead).mean().item(), "eval/loss": loss, "eval/margin": lead.mean().item()}
+    every = torch.cat([chosen, rejected])
+    return {
+        "eval/accuracy": correctness(lead).mean().item(),
+        "eval/loss": bradley_terry_loss(chosen, rejected).item(),
+        "eval/margin": lead.mean().item(),
+        "eval/reward_mean": every.mean().item(),
+        "eval/reward_std": every.std().item(),
+    }
 
 
 def _plan(settings: RewardModelSettings) -> Plan:

@@ -44,7 +44,12 @@ class Codec:
         """Ids of a reply, at most `max_reply_tokens` of them, the last always end-of-sequence."""
         ids = self._encode(text)
         self.truncated += len(ids) >= self.max_reply_tokens
-        return [*ids[: self.max_reply_tokens - 1], self.eos]
+        return self.closed(ids)
+
+    def closed(self, ids: Sequence[int]) -> list[int]:
+        """A reply's ids, at most `max_reply_tokens` of them, closed by end-of-sequence if they are not."""
+        written = ids[:-1] if ids and ids[-1] == self.eos else ids
+        return [*written[: self.max_reply_tokens - 1], self.eos]
 
     def text(self, ids: Sequence[int]) -> str:
         """Text of the ids of a reply, without special tokens."""

@@ -109,7 +109,7 @@ def _judge(experiment: Experiment) -> dg.AssetsDefinition:
                 base_model, pairs["judge"], uniform, pairs["validation"], settings, _JUDGE_SEED, compute=experiment.compute
             )
             trained = train_reward_model(task, training.watch)
-            save_model(trained.model, trained.codec, folder, {"settings": settings.model_dump(mode="json")})
+            save_model(trained.model, trained.codec, folder, {"settings": settings.model_dump(mode="json"), **trained.card})
             card = training.finish(folder, trained.metrics, ["train/loss", "eval/loss"])
             return folder_output(folder, {"judge": "reward model", **card})
 

@@ -87,7 +87,7 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
                 base_model, train, weights, validation, settings, seed, experiment.sampling, experiment.compute
             )
             trained = train_reward_model(task, training.watch)
-            card = {"settings": settings.model_dump(mode="json"), "sampling": sampling, "seed": seed, "step": trained.step}
+            card = {"settings": settings.model_dump(mode="json"), "sampling": sampling, "seed": seed, **trained.card}
             save_model(trained.model, trained.codec, folder, card)
             shown = training.finish(folder, trained.metrics, ["train/accuracy", "eval/accuracy"]) | training.register(folder)
         shown |= {"settings": settings_table(settings)}

@@ -1,0 +1,102 @@
+"""The reward of sampled completions: by a reward model, on the scale of its own validation split, whatever its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from densityrm_core.models import CARD, read_card
+from densityrm_core.packing import Ids
+from densityrm_core.scorer import Scorer, load_scorer
+from densityrm_core.scoring import score_groups
+from densityrm_core.tokens import Codec, Turn
+
+SCALE = ("reward_mean", "reward_std")
+_LEAST_STD = 1e-6
+
+
+@dataclass(frozen=True)
+class RewardScale:
+    """Mean and standard deviation of a reward model's rewards; comparisons fix neither, so arms need a common scale."""
+
+    mean: float
+    std: float
+
+    def standardise(self, rewards: Tensor) -> Tensor:
+        """(r - mean) / std."""
+        return (rewards - self.mean) / max(self.std, _LEAST_STD)
+
+    @property
+    def card(self) -> dict[str, float]:
+        """As a model's card keeps it."""
+        return dict(zip(SCALE, (self.mean, self.std), strict=True))
+
+
+def scale_of(folder: str | Path) -> RewardScale | None:
+    """The scale in the card of a model folder: of a reward model, that of its validation split; None if it has none."""
+    card = read_card(folder) if Path(folder, CARD).exists() else {}
+    return RewardScale(*(float(card[name]) for name in SCALE)) if all(name in card for name in SCALE) else None
+
+
+@dataclass(frozen=True)
+class Rewarder:
+    """A frozen reward model that reads what a policy writes.
+
+    Where it shares the policy's tokenizer it reads the policy's own ids, else the text again in its own. Either way a completion
+    that was cut off is closed by end-of-sequence, as every reply is that a reward model was trained on.
+    """
+
+    scorer: Scorer
+    policy: Codec
+    same_tokens: bool
+    scale: RewardScale
+
+    def rewards(self, contexts: Sequence[Sequence[Turn]], prompts: Sequence[Ids], groups: Sequence[Sequence[Ids]]) -> Tensor:
+        """Standardised reward of every completion, in order, (completions,), float32, on the CPU; may be NaN.
+
+        Args:
+            contexts, prompts: what was asked, as turns and as the policy's ids.
+            groups: completions of every prompt, as the policy's ids.
+        """
+        if self.same_tokens:
+            closed = [[self.scorer.codec.closed(reply) for reply in group] for group in groups]
+            return self.scale.standardise(score_groups(self.scorer.model, prompts, closed))
+        read = [
+            self.scorer.group(context, [self.policy.text(reply) for reply in group])
+            for context, group in zip(contexts, groups, strict=True)
+        ]
+        return self.scale.standardise(score_groups(self.scorer.model, [p for p, _ in read], [replies for _, replies in read]))
+
+    def on(self, scale: RewardScale) -> Rewarder:
+        """The same on another scale."""
+        return replace(self, scale=scale)
+
+
+def load_rewarder(folder: Path, policy: Codec, device: str = "cpu") -> Rewarder:
+    """The reward model in a folder, for completions in the tokens of `policy`. One without a scale in its card is left as it is.
+
+    Raises:
+        ModelError: the folder holds no reward model.
+    """
+    scorer = load_scorer(folder, device)
+    scorer.model.requires_grad_(False)
+    return Rewarder(scorer, policy, same_tokens(scorer.codec, policy), scale_of(folder) or RewardScale(0.0, 1.0))
+
+
+def same_tokens(one: Codec, other: Codec) -> bool:
+    """Whether two codecs make the same ids of the same text, and allow prompts of the same length."""
+    return (
+        one.max_prompt_tokens == other.max_prompt_tokens
+        and one.eos == other.eos
+        and one.tokenizer.chat_template == other.tokenizer.chat_template
+        and _rules(one) == _rules(other)
+    )
+
+
+def _rules(codec: Codec) -> str:
+    backend: Any = codec.tokenizer.backend_tokenizer
+    return backend.to_str()
