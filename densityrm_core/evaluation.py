@@ -12,12 +12,12 @@ import torch
 
 from densityrm_core import tables
 from densityrm_core.decoding import Decoding
-from densityrm_core.grpo import RewardScale
 from densityrm_core.judge import Judge
 from densityrm_core.likelihood import log_probs
 from densityrm_core.models import load_causal_lm, load_codec, load_reward_model
 from densityrm_core.packing import pack
 from densityrm_core.prompts import id_keys
+from densityrm_core.rewarder import RewardScale
 from densityrm_core.rollout import sample_completions
 from densityrm_core.scoring import score_groups
 from densityrm_core.settings import EvaluationSettings, GrpoSettings
@@ -27,20 +27,20 @@ from densityrm_core.tokens import Codec
 _PROMPTS_AT_A_TIME = 32
 
 
-def held_out_prompts(pairs: pl.DataFrame, weights: pl.DataFrame, count: int) -> pl.DataFrame:
-    """At most `count` prompts of the test split with a context each, the same for every arm and seed.
+def held_out_prompts(pairs: pl.DataFrame, weights: pl.DataFrame, count: int, split: str = "test") -> pl.DataFrame:
+    """At most `count` prompts of a split with a context each, the same for every arm and seed.
 
     Returns:
-        columns prompt_id, context, decile, quartile.
+        columns prompt_id, prompt, context, decile, quartile.
     """
-    chosen = pairs.filter(pl.col("split") == "test").unique("prompt_id", keep="first", maintain_order=True)
+    chosen = pairs.filter(pl.col("split") == split).unique("prompt_id", keep="first", maintain_order=True)
     order = pl.Series("order", unit_intervals(id_keys(chosen["prompt_id"]), 0, "evaluation"))
     return (
         chosen.with_columns(order)
         .sort("order")
         .head(count)
         .join(weights.select("prompt_id", "decile", "quartile"), on="prompt_id", how="left", maintain_order="left")
-        .select("prompt_id", "context", "decile", "quartile")
+        .select("prompt_id", "prompt", "context", "decile", "quartile")
     )
 
 
@@ -83,7 +83,7 @@ def evaluate_policy(policy: Path, own: OwnReward | None, exam: PolicyExam) -> pl
         repeated = [context for context in contexts for _ in range(size)]
         own_reward = own.scale.standardise(score_groups(reward_model, prompts, groups)).tolist() if own else [None] * len(text)
         frames.append(
-            asked.select(pl.all().exclude("context").repeat_by(size).explode()).with_columns(
+            asked.select(pl.all().exclude("prompt", "context").repeat_by(size).explode()).with_columns(
                 pl.Series("sample", list(range(size)) * len(prompts), pl.Int64),
                 pl.Series("completion", text, pl.String),
                 pl.Series("judge_reward", exam.judge(repeated, text), pl.Float64),

@@ -225,6 +225,23 @@ POLICY_EVALUATION = Table(
     ),
 )
 
+POLICY_COMPLETIONS = Table(
+    "policy_completions",
+    "what a policy answers to the same held-out prompts while it is trained",
+    (
+        Column("step", pl.Int64(), "optimizer step after which it was asked; 0 is the base policy"),
+        Column("completions_seen", pl.Int64(), "completions that the policy had been trained on"),
+        _PROMPT_ID,
+        Column("prompt", pl.String(), "the prompt"),
+        replace(_DECILE, nullable=True),
+        replace(_QUARTILE, nullable=True),
+        Column("completion", pl.String(), "the sampled reply"),
+        Column("own_reward", pl.Float64(), "standardised reward by the reward model that the arm is trained on"),
+        Column("kl", pl.Float64(), "log pi(y|x) - log pi_base(y|x), summed over the reply, in nats"),
+        Column("tokens", pl.Int64(), "length of the reply in tokens, end-of-sequence included"),
+    ),
+)
+
 METRICS = Table(
     "metrics",
     "the curve of one training run, one row a step and metric",

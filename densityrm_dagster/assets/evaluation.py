@@ -100,9 +100,9 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
     ) -> dg.Output[pl.DataFrame]:
         """Replies of the base policy and of every arm to the same held-out prompts, and the judge's reward of each."""
         from densityrm_core.evaluation import OwnReward, PolicyExam, evaluate_policy, held_out_prompts, with_key
-        from densityrm_core.grpo import reward_scale_of
         from densityrm_core.judge import load_judge
         from densityrm_core.models import pick_device
+        from densityrm_core.rewarder import RewardScale, scale_of
 
         set_up_torch(experiment.compute)
         device = pick_device(experiment.compute.device)
@@ -119,7 +119,7 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
             answers = {"base": evaluate_policy(folder["base_model"], None, exam)}
             for arm in experiment.arms:
                 policy = folder[f"grpo_{arm}"]
-                own = OwnReward(folder[ARMS[arm].reward_model], reward_scale_of(policy))
+                own = OwnReward(folder[ARMS[arm].reward_model], scale_of(policy) or RewardScale(0.0, 1.0))
                 answers[arm] = evaluate_policy(policy, own, exam)
                 context.log.info(f"arm {arm.upper()} has answered {asked.height} held-out prompts")
         rows = pl.concat(with_key(frame, tables.POLICY_EVALUATION, policy=name, **key) for name, frame in answers.items())
