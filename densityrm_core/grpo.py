@@ -13,7 +13,7 @@ from torch import Tensor
 
 from densityrm_core.checkpoints import Best, key_of
 from densityrm_core.decoding import Decoding
-from densityrm_core.engines import TransformersEngine
+from densityrm_core.engines import Engine, TransformersEngine
 from densityrm_core.experience import Batch, Collector, Experience, Questions
 from densityrm_core.grpo_loss import Sampled, policy_loss
 from densityrm_core.kl_control import KLControl
@@ -30,6 +30,7 @@ from densityrm_core.settings import ComputeSettings, GrpoSettings, SamplingSetti
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import Codec
 from densityrm_core.training import Part, Plan, Watch, optimize
+from densityrm_core.vllm_engine import VllmEngine
 
 _SCALE_PROMPTS, _SCALE_SAMPLES = 64, 4
 _FINAL = ("train/loss", "reward/mean", "kl/sequence", "eval/reward", "eval/kl", "eval/tokens")
@@ -104,7 +105,7 @@ def train_policy(task: PolicyTask, watch: Watch) -> TrainedPolicy:
     control = KLControl(settings, memory)
     looking = PolicyWatch(task.watched, watched, rewarder, settings, task.seed, memory)
     bfloat16 = _Precision(policy, asked, task, memory)
-    engine = TransformersEngine(policy, codec.eos, bfloat16)
+    engine = _engine(policy, codec, bfloat16, task)
     collector = Collector(engine, rewarder, asked, _samplers(task), settings, task.seed)
     updates = _Updates(policy, reference, collector, control, settings, bfloat16)
     inside = Best(checkpoints)
@@ -225,6 +226,12 @@ class _Updates:
         return self._settings.kl_coefficient > 0 or self._settings.kl_budget is not None
 
 
+def _engine(policy: Any, codec: Codec, bfloat16: Callable[[], bool], task: PolicyTask) -> Engine:
+    if task.compute.rollouts == "vllm":
+        return VllmEngine(policy, task.base, codec.eos)
+    return TransformersEngine(policy, codec.eos, bfloat16)
+
+
 def _questions(prompts: pl.DataFrame, codec: Codec) -> Questions:
     contexts = prompts["context"].to_list()
     return Questions(contexts, [codec.prompt(context) for context in contexts])
@@ -283,6 +290,6 @@ def _plan(settings: GrpoSettings) -> Plan:
 def _identity(task: PolicyTask, asked: Questions, watched: Questions, scale: RewardScale) -> Iterator[str | bytes]:
     """All that a training depends on beside its models."""
     yield task.settings.model_dump_json() + task.sampling.model_dump_json()
-    yield task.compute.model_dump_json(include={"precision"}) + str(task.seed) + str(scale)
+    yield task.compute.model_dump_json(include={"precision", "rollouts"}) + str(task.seed) + str(scale)
     yield task.prompts["weight"].to_numpy().tobytes()
     yield from (str(questions.prompts) for questions in (asked, watched))

@@ -177,6 +177,9 @@ class ComputeSettings(Settings):
         default="auto",
         description="of reward-model training: weights stay fp32, bf16 computes under autocast; auto: times one step of each",
     )
+    rollouts: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="what samples completions; vllm needs a GPU and the extra of that name"
+    )
     compile: bool = Field(default=False, description="compile decoder layers with torch.compile; pays off in long trainings")
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, a third more computation"

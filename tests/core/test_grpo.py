@@ -19,7 +19,7 @@ from densityrm_core.policy_watch import sequence_kl
 from densityrm_core.rewarder import FunctionRewarder, ModelRewarder, RewardScale, load_rewarder, scale_of
 from densityrm_core.rollout import sample_completions
 from densityrm_core.sampling import SystematicSampler
-from densityrm_core.settings import BaseModelSettings, GrpoSettings
+from densityrm_core.settings import BaseModelSettings, ComputeSettings, GrpoSettings
 from densityrm_core.tokens import Codec
 from densityrm_core.training import TrainingError, TrainingStoppedError, Watch
 from tests.core.tiny_models import TEXTS, tiny_language_model, tiny_reward_model
@@ -321,3 +321,17 @@ def test_a_long_prompt_keeps_its_end(base: Path):
     watch = Watch()
     trained = train_policy(task(base, long, share_of_a, steps=1), watch)
     assert trained.codec.truncated == 2  # asked and watched
+
+
+def test_vllm_without_a_gpu_is_refused_with_what_to_do(base: Path, prompts: pl.DataFrame):
+    given = PolicyTask(
+        base,
+        share_of_a,
+        prompts,
+        prompts.head(0),
+        GrpoSettings(**QUICK),
+        0,
+        compute=ComputeSettings(rollouts="vllm", device="cpu"),
+    )
+    with pytest.raises(ModelError, match="CUDA only; set it to transformers"):
+        train_policy(given, Watch())
