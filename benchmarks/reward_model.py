@@ -29,7 +29,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.trl_work import SHAPES, IdPair, cpu_name, new_reward_model, new_tokenizer, real_pairs, tokenize
+from benchmarks.trl_work import (
+    SHAPES,
+    IdPair,
+    cpu_name,
+    fast_precision,
+    new_reward_model,
+    new_tokenizer,
+    real_pairs,
+    tokenize,
+)
 from benchmarks.turns import Side, Step, Turns
 from densityrm_core.ranks import SOLO
 
@@ -47,7 +56,7 @@ def main() -> None:
     tokenizer = new_tokenizer(texts)
     warm_up, timed = _batches(tokenize(texts, tokenizer, LONGEST), steps)
     mixed, grouped = warm_up + random.Random(0).sample(timed, len(timed)), warm_up + timed
-    precision = _precision() if asked.precision == "auto" else asked.precision
+    precision = fast_precision() if asked.precision == "auto" else asked.precision
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         sides: dict[str, Side] = {}
@@ -198,12 +207,6 @@ def _train_trl(turns: Turns, model: Any, tokenizer: Any, pairs: list[IdPair], pr
         callbacks=[InTurn()],
     )
     trainer.train()
-
-
-def _precision() -> str:
-    from densityrm_core.hardware import fast_bfloat16
-
-    return "bf16" if fast_bfloat16() else "fp32"
 
 
 def _arguments() -> argparse.Namespace:

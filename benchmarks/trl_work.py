@@ -92,6 +92,30 @@ def new_reward_model(shape: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     return AutoModelForSequenceClassification.from_config(new_config(shape, tokenizer, num_labels=1))
 
 
+def new_language_model(shape: str, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """A language model of random weights, float32, the same ones whoever asks."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(new_config(shape, tokenizer))
+
+
+def short_prompts(pairs: list[Texts], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Distinct conversations up to where the assistant speaks, of 48 to 80 tokens."""
+    mark = "\n\nAssistant:"
+    prompts = list(dict.fromkeys(chosen[: chosen.rfind(mark) + len(mark)] for chosen, _ in pairs))
+    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+    return [prompt for prompt, length in zip(prompts, lengths, strict=True) if 48 <= length <= 80]
+
+
+def fast_precision() -> str:
+    """bf16 where this machine multiplies it fast, else fp32."""
+    from densityrm_core.hardware import fast_bfloat16
+
+    return "bf16" if fast_bfloat16() else "fp32"
+
+
 def cpu_name() -> str:
     """As the system calls it."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measure import memory
 
@@ -15,12 +16,13 @@ _SPARE = 2**30  # bytes that no side may take: for the others, and for the syste
 
 @dataclass(frozen=True)
 class Step:
-    """What one step took, and what this process's memory had come to (bytes, its peak so far)."""
+    """What one step took, in seconds; this process's memory (bytes, its peak so far); and the wall seconds of its parts."""
 
     wall: float
     cpu: float
     peak: int
     loss: float
+    parts: dict[str, float]
 
 
 class Turns:
@@ -28,14 +30,29 @@ class Turns:
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe, self._started = pipe, (0.0, 0.0)
+        self._parts: dict[str, float] = {}
+
+    def part(self, name: str, owner: Any, method: str) -> None:
+        """From now on take the time of this method of an object, class or module as a part of each step."""
+        whole = getattr(owner, method)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return whole(*arguments, **named)
+            finally:
+                self._parts[name] = self._parts.get(name, 0.0) + time.perf_counter() - started
+
+        setattr(owner, method, timed)
 
     def begin(self) -> None:
         self._pipe.recv()
+        self._parts.clear()
         self._started = time.perf_counter(), time.process_time()
 
     def end(self, loss: float) -> None:
         wall, cpu = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
-        self._pipe.send(Step(wall, cpu, memory("VmHWM"), loss))
+        self._pipe.send(Step(wall, cpu, memory("VmHWM"), loss, dict(self._parts)))
 
 
 class Side:

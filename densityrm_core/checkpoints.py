@@ -31,12 +31,12 @@ _TENSORS, _PROGRESS, _BEST = "state.safetensors", "progress.json", "best"
 
 @dataclass
 class Progress:
-    """How far a training is: steps done, points recorded, metrics not yet recorded, and what the loop itself remembers."""
+    """How far a training is: steps done, points recorded, metrics not yet recorded, what the loop itself remembers; all JSON."""
 
     step: int = 0
     points: list[tuple[int, Metrics]] = field(default_factory=list[tuple[int, Metrics]])
     recent: list[Metrics] = field(default_factory=list[Metrics])
-    memory: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    memory: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]])
 
 
 def key_of(*parts: Any) -> str:

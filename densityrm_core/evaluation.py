@@ -40,7 +40,7 @@ def held_out_prompts(pairs: pl.DataFrame, weights: pl.DataFrame, count: int, spl
     """At most `count` prompts of a held-out split with a context each, the same for every arm and seed.
 
     Returns:
-        columns prompt_id, context, decile, quartile.
+        columns prompt_id, prompt, context, decile, quartile.
     """
     chosen = pairs.filter(pl.col("split") == split).unique("prompt_id", keep="first", maintain_order=True)
     order = pl.Series("order", unit_intervals(id_keys(chosen["prompt_id"]), 0, "evaluation"))
@@ -49,7 +49,7 @@ def held_out_prompts(pairs: pl.DataFrame, weights: pl.DataFrame, count: int, spl
         .sort("order")
         .head(count)
         .join(weights.select("prompt_id", "decile", "quartile"), on="prompt_id", how="left", maintain_order="left")
-        .select("prompt_id", "context", "decile", "quartile")
+        .select("prompt_id", "prompt", "context", "decile", "quartile")
     )
 
 
@@ -211,7 +211,7 @@ def _rows(
     judged = np.asarray(exam.judge(repeated, text), np.float64)
     if faults := int((~np.isfinite(judged)).sum()):
         raise PolicyEvaluationError(f"rm_judge: {faults:,} rewards are not finite numbers; materialize the judge again")
-    return asked.select(pl.all().exclude("context").repeat_by(len(samples)).explode()).with_columns(
+    return asked.select(pl.all().exclude("prompt", "context").repeat_by(len(samples)).explode()).with_columns(
         pl.Series("sample", list(samples) * asked.height, pl.Int64),
         pl.Series("completion", text, pl.String),
         pl.Series("judge_reward", judged),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,104 +11,257 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from densityrm_core.checkpoints import key_of
+from densityrm_core.checkpoints import Best, key_of
 from densityrm_core.decoding import Decoding
-from densityrm_core.likelihood import log_probs
-from densityrm_core.models import load_causal_lm, load_codec, load_reward_model, read_card
-from densityrm_core.packing import pack
+from densityrm_core.engines import TransformersEngine
+from densityrm_core.experience import Batch, Collector, Experience, Questions
+from densityrm_core.grpo_loss import Sampled, policy_loss
+from densityrm_core.kl_control import KLControl
+from densityrm_core.likelihood import likelihood, log_probs
+from densityrm_core.models import ModelError, load_causal_lm, load_codec, pick_device
+from densityrm_core.packing import pack, split_by_tokens
+from densityrm_core.policy_watch import PolicyWatch
+from densityrm_core.precision import computing, takes_bfloat16
+from densityrm_core.ranks import SOLO
+from densityrm_core.rewarder import Rewarder, RewardFunction, RewardScale, load_rewarder, scale_of
 from densityrm_core.rollout import sample_completions
-from densityrm_core.sampling import make_sampler
-from densityrm_core.scoring import score_groups
-from densityrm_core.settings import GrpoSettings, SamplingSettings
+from densityrm_core.sampling import Sampler, make_sampler
+from densityrm_core.settings import ComputeSettings, GrpoSettings, SamplingSettings
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import Codec
 from densityrm_core.training import Part, Plan, Watch, optimize
 
 _SCALE_PROMPTS, _SCALE_SAMPLES = 64, 4
-_KL_WINDOW = 10
-_ADVANTAGE_EPSILON = 1e-4
 
 
 @dataclass(frozen=True)
-class RewardScale:
-    """The reward model's mean and spread on completions of the base policy, so that all arms see one scale."""
+class PolicyTask:
+    """What a policy is trained on. Two arms differ in nothing but the reward model and the prompts' weights.
 
-    mean: float
-    std: float
+    Args:
+        base: folder of the base model, which is also the reference policy.
+        reward_model: folder of the reward model, or a function of contexts and replies.
+        prompts: the columns `context` and `weight` (sampling weight, any scale), one row a prompt.
+        watched: prompts that are answered every so many steps: prompt_id, prompt, context, decile, quartile; may be empty.
+        seed: decides the order of the prompts and the sampled tokens.
+        sampling: how prompts are drawn by their weights.
+        compute: device and precision.
+    """
 
-    def standardise(self, rewards: Tensor) -> Tensor:
-        return (rewards - self.mean) / self.std
+    base: Path
+    reward_model: Path | RewardFunction
+    prompts: pl.DataFrame
+    watched: pl.DataFrame
+    settings: GrpoSettings
+    seed: int
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
 
 
 @dataclass(frozen=True)
 class TrainedPolicy:
+    """A policy and how it came to be: `steps` were taken, the weights are those after `kept_step`."""
+
     model: Any
     codec: Codec
     scale: RewardScale
     steps: int
+    kept_step: int
     stopped_by_kl: bool
+    completions: pl.DataFrame  # tables.POLICY_COMPLETIONS
+
+    @property
+    def how_it_went(self) -> dict[str, Any]:
+        """What a report card says of it."""
+        return {"steps_taken": self.steps, "kept_step": self.kept_step, "stopped_by_kl_budget": self.stopped_by_kl}
 
 
-def train_policy(
-    base: Path,
-    reward_model: Path,
-    prompts: pl.DataFrame,
-    settings: GrpoSettings,
-    seed: int,
-    watch: Watch,
-    device: str = "cpu",
-    sampling: SamplingSettings = SamplingSettings(),
-) -> TrainedPolicy:
+def train_policy(task: PolicyTask, watch: Watch) -> TrainedPolicy:
     """A policy started from the base model, trained on completions that it samples itself, step by step.
 
-    Args:
-        base: folder of the base model, which is also the reference policy.
-        reward_model: folder of the reward model.
-        prompts: the columns `context` and `weight` (sampling weight, any scale), one row a prompt.
-        seed: decides the order of the prompts and the sampled tokens.
-        sampling: how prompts are drawn by their weights.
+    Raises:
+        ModelError: a model cannot be loaded, or prompt and completion do not fit the base model's context.
+        TrainingError: the loss is not finite, or the reward model gives no finite reward.
     """
-    codec = load_codec(base)
-    policy, reference = load_causal_lm(base, device), load_causal_lm(base, device).eval().requires_grad_(False)
-    judge = load_reward_model(reward_model, device).requires_grad_(False)
-    contexts = [codec.prompt(context) for context in prompts["context"].to_list()]
-    scale = reward_scale(reference, judge, contexts, codec, settings, seed)
-    sampler = make_sampler(prompts["weight"].to_numpy(), stream_seed(seed, "grpo", "prompts"), sampling)
-    memory: dict[str, list[float]] = {"divergence": []}
+    settings, device = task.settings, pick_device(task.compute.device)
+    codec = load_codec(task.base)
+    policy, reference = load_causal_lm(task.base, device), load_causal_lm(task.base, device).eval().requires_grad_(False)
+    asked, watched = (_questions(prompts, codec) for prompts in (task.prompts, task.watched))
+    _check_context(policy, asked, task)
+    rewarder = load_rewarder(task.reward_model, codec, device)
+    if isinstance(task.reward_model, Path) and scale_of(task.reward_model) is None:
+        rewarder = rewarder.on(_scale_on_base(reference, rewarder, asked, task))
+    key = key_of(policy, rewarder.identity, *_identity(task, asked, watched, rewarder.scale))
+    checkpoints = watch.checkpoints(key)
+    memory: dict[str, list[Any]] = {}
+    control = KLControl(settings, memory)
+    looking = PolicyWatch(task.watched, watched, rewarder, settings, task.seed, memory)
+    bfloat16 = _Precision(policy, asked, task, memory)
+    engine = TransformersEngine(policy, codec.eos, bfloat16)
+    collector = Collector(engine, rewarder, asked, _samplers(task), settings, task.seed)
+    updates = _Updates(policy, reference, collector, control, settings, bfloat16)
+    inside = Best(checkpoints)
 
-    def parts_at(step: int) -> Iterator[Part]:
-        chosen = [contexts[i] for i in sampler.batch(step, settings.prompts_per_step)]
-        decoding = Decoding(settings.max_new_tokens, settings.temperature)
-        seeds = stream_seed(seed, "grpo", "rollout", step)
-        groups = sample_completions(policy, chosen, codec.eos, settings.group_size, decoding, seeds).groups
-        reward = scale.standardise(score_groups(judge, chosen, groups))
-        batch = pack(list(zip(chosen, groups, strict=True)), policy.device)
-        with torch.no_grad():
-            reference_log_probs = log_probs(reference, batch, settings.temperature)
-        policy.train()
-        current = log_probs(policy, batch, settings.temperature)
-        advantage = group_advantages(reward.view(-1, settings.group_size)).flatten()
-        loss = grpo_loss(current, reference_log_probs, advantage.to(current.device)[batch.branch], settings.kl_coefficient)
-        kl = (current.detach() - reference_log_probs).sum().item() / len(reward)
-        memory["divergence"].append(kl)
-        lengths = torch.bincount(batch.branch).float()
-        unfinished = sum(completion[-1] != codec.eos for group in groups for completion in group) / len(reward)
-        yield (
-            loss / len(reward),
-            {
-                "reward/mean": reward.mean().item(),
-                "reward/std_in_group": reward.view(-1, settings.group_size).std(1).mean().item(),
-                "kl/sequence": kl,
-                "completions/tokens": lengths.mean().item(),
-                "completions/unfinished": unfinished,
-            },
+    def after(step: int) -> dict[str, float] | None:
+        if step % settings.evaluate_every and step != settings.steps:
+            return None
+        metrics = looking.look(step, engine, policy, reference)
+        if not control.past_budget() and control.inside_budget(looking.highest_kl):
+            inside.offer(step, -float(step), policy)
+        return metrics
+
+    looking.look(0, engine, policy, reference)
+    steps = optimize(
+        policy,
+        _plan(settings),
+        watch,
+        updates.parts_at,
+        after,
+        control.past_budget,
+        checkpoints,
+        memory,
+        updates=settings.inner_epochs,
+    )
+    stopped = control.past_budget()
+    kept = _back_inside(policy, task.base, inside) if stopped else steps
+    return TrainedPolicy(policy, codec, rewarder.scale, steps, kept, stopped, looking.completions)
+
+
+class _Precision:
+    """Whether this training computes in bfloat16: decided once, and remembered."""
+
+    def __init__(self, policy: Any, asked: Questions, task: PolicyTask, memory: dict[str, list[Any]]) -> None:
+        self._policy, self._asked, self._task, self._memory = policy, asked, task, memory
+
+    def __call__(self) -> bool:
+        if "bfloat16" not in self._memory:
+            ranks = replace(SOLO, device=str(self._policy.device))
+            self._memory["bfloat16"] = [float(takes_bfloat16(self._task.compute.precision, self._step, ranks))]
+        return bool(self._memory["bfloat16"][0])
+
+    def _step(self, bfloat16: bool) -> None:
+        """Forward and backward of a step's size, of prompts that answer themselves."""
+        settings = self._task.settings
+        prompts = self._asked.prompts[: settings.prompts_per_step]
+        groups = [(prompt, [prompt[: settings.max_new_tokens]] * settings.group_size) for prompt in prompts]
+        for part in split_by_tokens(groups, settings.tokens_per_batch)[:1]:
+            with computing(bfloat16, str(self._policy.device)):
+                found = log_probs(self._policy, pack([groups[number] for number in part], self._policy.device))
+            found.sum().backward()
+            self._policy.zero_grad()
+
+
+class _Updates:
+    """The parts of a step's updates: the first samples, all learn from what it sampled."""
+
+    def __init__(
+        self,
+        policy: Any,
+        reference: Any,
+        collector: Collector,
+        control: KLControl,
+        settings: GrpoSettings,
+        bfloat16: Callable[[], bool],
+    ) -> None:
+        self._policy, self._reference, self._collector = policy, reference, collector
+        self._control, self._settings, self._bfloat16 = control, settings, bfloat16
+        self._step = -1
+        self._experience = Experience([], {})
+        self._known: list[Sampled] = []
+        self._measured: dict[str, float] = {}
+
+    def parts_at(self, step: int) -> Iterator[Part]:
+        """A loss for every batch of the step, the first with the metrics of the rollout."""
+        first = step != self._step
+        if first:
+            self._step, self._known = step, []
+            self._experience = self._collector.collect(step, self._policy.device)
+        beta, drift, gap = self._control.beta, 0.0, 0.0
+        for number, batch in enumerate(self._experience.batches):
+            with computing(self._bfloat16(), str(self._policy.device)):
+                current, entropy = likelihood(
+                    self._policy, batch.packed, self._settings.temperature, bool(self._settings.entropy_bonus)
+                )
+            share = len(batch.weight) / self._experience.completions
+            if first:
+                self._known.append(self._before(batch, current))
+                drift += self._drift(self._known[-1]) / self._experience.completions
+                gap += share * (batch.sampled - current.detach()).abs().mean().item()
+            loss, told = policy_loss(current, entropy, self._known[number], self._settings, beta)
+            yield loss, {name: value * share for name, value in told.items()}
+        if first:
+            self._measured = {"kl/coefficient": beta, "rollout/log_prob_gap": gap, **self._observe(drift)}
+        yield None, {"train/clipped": 0.0, **self._experience.metrics, **self._measured}
+
+    def _before(self, batch: Batch, current: Tensor) -> Sampled:
+        """On policy the log-probabilities of before are those of now, so the first update's ratio is exactly 1."""
+        reference = None
+        if self._needs_reference:
+            with torch.no_grad(), computing(self._bfloat16(), str(self._policy.device)):
+                reference = log_probs(self._reference, batch.packed, self._settings.temperature)
+        return Sampled(batch.packed.branch, current.detach(), reference, batch.advantage, batch.weight)
+
+    def _drift(self, sampled: Sampled) -> float:
+        return 0.0 if sampled.reference is None else (sampled.old - sampled.reference).sum().item()
+
+    def _observe(self, kl: float) -> dict[str, float]:
+        """The KL a sequence, if it is measured; a step without completions that count repeats the last one."""
+        if not self._needs_reference:
+            return {}
+        if self._experience.batches:
+            self._control.observe(kl)
+        return {"kl/sequence": self._control.last}
+
+    @property
+    def _needs_reference(self) -> bool:
+        return self._settings.kl_coefficient > 0 or self._settings.kl_budget is not None
+
+
+def _questions(prompts: pl.DataFrame, codec: Codec) -> Questions:
+    contexts = prompts["context"].to_list()
+    return Questions(contexts, [codec.prompt(context) for context in contexts])
+
+
+def _check_context(policy: Any, asked: Questions, task: PolicyTask) -> None:
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, asked.prompts))
+    if positions is not None and longest + task.settings.max_new_tokens > positions:
+        raise ModelError(
+            f"the longest prompt has {longest:,} tokens and grpo.max_new_tokens is {task.settings.max_new_tokens:,}, but "
+            f"{task.base} has {positions:,} positions: lower base_model.max_prompt_tokens, which keeps the end of a prompt, or "
+            "grpo.max_new_tokens"
         )
 
-    def past_budget() -> bool:
-        recent = memory["divergence"][-_KL_WINDOW:]
-        return settings.kl_budget is not None and len(recent) == _KL_WINDOW and sum(recent) / _KL_WINDOW > settings.kl_budget
 
-    plan = Plan(
+def _samplers(task: PolicyTask) -> tuple[Sampler, Sampler]:
+    weights = task.prompts["weight"].to_numpy()
+    prompts, further = (
+        make_sampler(weights, stream_seed(task.seed, "grpo", name), task.sampling) for name in ("prompts", "resampled")
+    )
+    return prompts, further
+
+
+def _scale_on_base(base: Any, rewarder: Rewarder, asked: Questions, task: PolicyTask) -> RewardScale:
+    """Mean and standard deviation of the reward over completions of the base policy: for a reward model without a scale."""
+    contexts, prompts = asked.contexts[:_SCALE_PROMPTS], asked.prompts[:_SCALE_PROMPTS]
+    decoding = Decoding(task.settings.max_new_tokens, task.settings.temperature)
+    seed = stream_seed(task.seed, "grpo", "scale")
+    groups = sample_completions(base, prompts, rewarder.policy.eos, _SCALE_SAMPLES, decoding, seed).groups
+    rewards = rewarder.rewards(contexts, prompts, groups)
+    rewards = rewards[rewards.isfinite()]
+    return RewardScale(rewards.mean().item(), rewards.std().item()) if len(rewards) > 1 else RewardScale(0.0, 1.0)
+
+
+def _back_inside(policy: Any, base: Path, inside: Best) -> int:
+    """Take back the last weights that were inside the KL budget, or those of the base policy; the step they are from."""
+    step = inside.restore(policy)
+    if step is None:
+        policy.load_state_dict(load_causal_lm(base, str(policy.device)).state_dict())
+    return step or 0
+
+
+def _plan(settings: GrpoSettings) -> Plan:
+    return Plan(
         settings.steps,
         settings.prompts_per_step * settings.group_size,
         settings.learning_rate,
@@ -117,45 +270,11 @@ def train_policy(
         settings.max_grad_norm,
         settings.log_every,
     )
-    asked = str(contexts), prompts["weight"].to_numpy().tobytes()
-    key = key_of(policy, judge, settings.model_dump_json(), sampling.model_dump_json(), seed, *asked)
-    steps = optimize(policy, plan, watch, parts_at, finished=past_budget, checkpoints=watch.checkpoints(key), memory=memory)
-    return TrainedPolicy(policy, codec, scale, steps, past_budget())
 
 
-def grpo_loss(current: Tensor, reference: Tensor, advantage: Tensor, kl_coefficient: float) -> Tensor:
-    """Sum over tokens of -ratio * advantage + beta * KL, on policy [Shao et al. 2024, eq. 3 and 4].
-
-    The completions were sampled from the very policy that is updated, once, so the ratio is exactly 1 and carries the gradient
-    only. KL is the k3 estimate exp(d) - d - 1 with d = log ref - log pi, times the same ratio, without which its gradient is
-    not that of the KL [Schulman 2020; Tang & Munos 2025].
-
-    Args:
-        current, reference, advantage: one value a completion token, shape (tokens,), float32.
-    """
-    ratio = (current - current.detach()).exp()
-    gap = reference - current
-    return (-ratio * advantage + kl_coefficient * ratio * (gap.exp() - gap - 1)).sum()
-
-
-def group_advantages(rewards: Tensor) -> Tensor:
-    """(r - mean) / (std + 1e-4) within each group [Shao et al. 2024, section 4.1.2]; rewards (prompts, group)."""
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + _ADVANTAGE_EPSILON)
-
-
-def reward_scale(
-    base: Any, reward_model: Any, contexts: list[list[int]], codec: Codec, settings: GrpoSettings, seed: int
-) -> RewardScale:
-    """Mean and standard deviation of the reward over completions of the base policy."""
-    chosen = contexts[:_SCALE_PROMPTS]
-    seed = stream_seed(seed, "grpo", "scale")
-    decoding = Decoding(settings.max_new_tokens, settings.temperature)
-    groups = sample_completions(base, chosen, codec.eos, _SCALE_SAMPLES, decoding, seed).groups
-    rewards = score_groups(reward_model, chosen, groups)
-    return RewardScale(rewards.mean().item(), max(rewards.std().item(), 1e-6))
-
-
-def reward_scale_of(policy: Path) -> RewardScale:
-    """The scale a trained policy saw its rewards on, from its folder."""
-    card = read_card(policy)
-    return RewardScale(float(card["reward_mean"]), float(card["reward_std"]))
+def _identity(task: PolicyTask, asked: Questions, watched: Questions, scale: RewardScale) -> Iterator[str | bytes]:
+    """All that a training depends on beside its models."""
+    yield task.settings.model_dump_json() + task.sampling.model_dump_json()
+    yield task.compute.model_dump_json(include={"precision"}) + str(task.seed) + str(scale)
+    yield task.prompts["weight"].to_numpy().tobytes()
+    yield from (str(questions.prompts) for questions in (asked, watched))

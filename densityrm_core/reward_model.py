@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import torch
+from torch import Tensor
 
 from densityrm_core.adaptation import adapt
 from densityrm_core.checkpoints import Best, key_of
@@ -101,7 +102,7 @@ def _train(task: RewardModelTask, watch: Watch, ranks: Ranks) -> TrainedRewardMo
     sampler = make_sampler(task.weights, stream_seed(task.seed, "reward model", "pairs"), task.sampling)
     checkpoints = watch.checkpoints(key, ranks)
     best = Best(checkpoints)
-    memory: dict[str, list[float]] = {}
+    memory: dict[str, list[Any]] = {}
 
     def parts_at(step: int) -> Iterator[Part]:
         drawn = sampler.batch(step, settings.pairs_per_step, ranks.rank, ranks.size)
@@ -147,7 +148,9 @@ def batches_of(train: list[PreferenceTokens], drawn: npt.NDArray[np.int64], most
     return batches + [Batch(drawn[:1], [train[drawn[0]]], 0.0)] * idle
 
 
-def preference_loss(model: Any, batch: Batch, targets: Targets, settings: RewardModelSettings, bfloat16: bool) -> Part:
+def preference_loss(
+    model: Any, batch: Batch, targets: Targets, settings: RewardModelSettings, bfloat16: bool
+) -> tuple[Tensor, dict[str, float]]:
     """What these pairs add to the mean over the step's pairs."""
     with computing(bfloat16, str(model.device)):
         chosen, rejected = rewards(model, pack([pair.group for pair in batch.pairs], model.device)).view(-1, 2).unbind(1)

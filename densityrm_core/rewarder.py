@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from densityrm_core.models import CARD, read_card
@@ -15,6 +17,8 @@ from densityrm_core.scorer import Scorer, load_scorer
 from densityrm_core.scoring import score_groups
 from densityrm_core.tokens import Codec, Turn
 
+Context = Sequence[Turn]
+RewardFunction = Callable[[Sequence[Context], Sequence[str]], Sequence[float]]
 SCALE = ("reward_mean", "reward_std")
 _LEAST_STD = 1e-6
 
@@ -43,48 +47,91 @@ def scale_of(folder: str | Path) -> RewardScale | None:
 
 
 @dataclass(frozen=True)
-class Rewarder:
-    """A frozen reward model that reads what a policy writes.
+class Rewarder(ABC):
+    """What gives completions of a policy their reward: on a scale, from the policy's own ids or their text."""
 
-    Where it shares the policy's tokenizer it reads the policy's own ids, else the text again in its own. Either way a completion
-    that was cut off is closed by end-of-sequence, as every reply is that a reward model was trained on.
-    """
-
-    scorer: Scorer
     policy: Codec
-    same_tokens: bool
     scale: RewardScale
 
-    def rewards(self, contexts: Sequence[Sequence[Turn]], prompts: Sequence[Ids], groups: Sequence[Sequence[Ids]]) -> Tensor:
+    def rewards(self, contexts: Sequence[Context], prompts: Sequence[Ids], groups: Sequence[Sequence[Ids]]) -> Tensor:
         """Standardised reward of every completion, in order, (completions,), float32, on the CPU; may be NaN.
 
         Args:
             contexts, prompts: what was asked, as turns and as the policy's ids.
             groups: completions of every prompt, as the policy's ids.
         """
-        if self.same_tokens:
-            closed = [[self.scorer.codec.closed(reply) for reply in group] for group in groups]
-            return self.scale.standardise(score_groups(self.scorer.model, prompts, closed))
-        read = [
-            self.scorer.group(context, [self.policy.text(reply) for reply in group])
-            for context, group in zip(contexts, groups, strict=True)
-        ]
-        return self.scale.standardise(score_groups(self.scorer.model, [p for p, _ in read], [replies for _, replies in read]))
+        return self.scale.standardise(self._raw(contexts, prompts, groups))
 
     def on(self, scale: RewardScale) -> Rewarder:
         """The same on another scale."""
         return replace(self, scale=scale)
 
+    @property
+    @abstractmethod
+    def identity(self) -> Any:
+        """What a checkpoint's key takes of it."""
 
-def load_rewarder(folder: Path, policy: Codec, device: str = "cpu") -> Rewarder:
-    """The reward model in a folder, for completions in the tokens of `policy`. One without a scale in its card is left as it is.
+    @abstractmethod
+    def _raw(self, contexts: Sequence[Context], prompts: Sequence[Ids], groups: Sequence[Sequence[Ids]]) -> Tensor: ...
+
+    def _texts(self, group: Sequence[Ids]) -> list[str]:
+        return [self.policy.text(reply) for reply in group]
+
+
+@dataclass(frozen=True)
+class ModelRewarder(Rewarder):
+    """A frozen reward model.
+
+    Where it shares the policy's tokenizer it reads the policy's own ids, else the text again in its own. Either way a completion
+    that was cut off is closed by end-of-sequence, as every reply is that a reward model was trained on.
+    """
+
+    scorer: Scorer
+    same_tokens: bool
+
+    @property
+    def identity(self) -> Any:
+        """Its weights."""
+        return self.scorer.model
+
+    def _raw(self, contexts: Sequence[Context], prompts: Sequence[Ids], groups: Sequence[Sequence[Ids]]) -> Tensor:
+        if self.same_tokens:
+            closed = [[self.scorer.codec.closed(reply) for reply in group] for group in groups]
+            return score_groups(self.scorer.model, prompts, closed)
+        read = [self.scorer.group(context, self._texts(group)) for context, group in zip(contexts, groups, strict=True)]
+        return score_groups(self.scorer.model, [prompt for prompt, _ in read], [replies for _, replies in read])
+
+
+@dataclass(frozen=True)
+class FunctionRewarder(Rewarder):
+    """A function of contexts and replies, of which a checkpoint's key knows no more than its name."""
+
+    function: RewardFunction
+
+    @property
+    def identity(self) -> Any:
+        """Its name."""
+        return getattr(self.function, "__qualname__", type(self.function).__name__)
+
+    def _raw(self, contexts: Sequence[Context], prompts: Sequence[Ids], groups: Sequence[Sequence[Ids]]) -> Tensor:
+        repeated = [context for context, group in zip(contexts, groups, strict=True) for _ in group]
+        return torch.tensor(self.function(repeated, [text for group in groups for text in self._texts(group)]))
+
+
+def load_rewarder(source: Path | RewardFunction, policy: Codec, device: str = "cpu") -> Rewarder:
+    """A function, or the reward model in a folder, for completions in the tokens of `policy`.
+
+    It is on the scale of its card, if that has one.
 
     Raises:
         ModelError: the folder holds no reward model.
     """
-    scorer = load_scorer(folder, device)
+    unscaled = RewardScale(0.0, 1.0)
+    if not isinstance(source, Path):
+        return FunctionRewarder(policy, unscaled, source)
+    scorer = load_scorer(source, device)
     scorer.model.requires_grad_(False)
-    return Rewarder(scorer, policy, same_tokens(scorer.codec, policy), scale_of(folder) or RewardScale(0.0, 1.0))
+    return ModelRewarder(policy, scale_of(source) or unscaled, scorer, same_tokens(scorer.codec, policy))
 
 
 def same_tokens(one: Codec, other: Codec) -> bool:

@@ -42,19 +42,17 @@ def sample_completions(
     eos: int,
     group_size: int,
     decoding: Decoding,
-    seed: int,
-    keys: Words | None = None,
+    draws: int | Words,
 ) -> Rollout:
     """`group_size` completions of every prompt.
 
     Args:
         eos: the token that ends a completion.
-        seed: with a prompt's tokens, and how often it stands before in the list, it decides what is drawn.
-        keys: of `prompt_keys`, where the prompts are part of a longer list; they take the place of the seed.
+        draws: what decides the draws: a seed, or the keys that `prompt_keys` made of the prompts' longer list.
     """
     if not prompts:
         return Rollout([], [])
-    members = member_keys(prompt_keys(prompts, seed) if keys is None else keys, group_size)
+    members = member_keys(prompt_keys(prompts, draws) if isinstance(draws, int) else draws, group_size)
     training = policy.training
     policy.eval()
     decoder = (_Padded if why_padded(policy) else _Packed)(policy, prompts, group_size, decoding.max_new_tokens)

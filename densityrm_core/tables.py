@@ -238,18 +238,18 @@ POLICY_EVALUATION = Table(
 
 POLICY_COMPLETIONS = Table(
     "policy_completions",
-    "what a policy in training answers to the same validation prompts, every so many steps",
+    "what a policy answers to the same held-out prompts while it is trained",
     (
-        Column("step", pl.Int64(), "optimizer step; 0 is before training"),
-        Column("completions_seen", pl.Int64(), "completions the policy had been trained on"),
+        Column("step", pl.Int64(), "optimizer step after which it was asked; 0 is the base policy"),
+        Column("completions_seen", pl.Int64(), "completions that the policy had been trained on"),
         _PROMPT_ID,
-        Column("prompt", pl.String(), "first human turn"),
-        Column("completion", pl.String(), "the sampled reply"),
-        Column("own_reward", pl.Float64(), "standardised reward by the reward model the policy is trained on"),
-        _POLICY_KL,
-        _TOKENS,
+        Column("prompt", pl.String(), "the prompt"),
         replace(_DECILE, nullable=True),
         replace(_QUARTILE, nullable=True),
+        Column("completion", pl.String(), "the sampled reply"),
+        Column("own_reward", pl.Float64(), "standardised reward by the reward model that the arm is trained on"),
+        _POLICY_KL,
+        _TOKENS,
     ),
 )
 

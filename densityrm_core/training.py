@@ -20,7 +20,7 @@ from densityrm_core import tables
 from densityrm_core.checkpoints import CheckpointFolder, Checkpoints, Progress
 from densityrm_core.ranks import SOLO, Ranks, clip_gradients, divided
 
-Part = tuple[Tensor, dict[str, float]]  # scalar loss, metrics
+Part = tuple[Tensor | None, dict[str, float]]  # scalar loss, or None where there is nothing to learn; metrics
 
 
 class TrainingError(RuntimeError):
@@ -93,8 +93,9 @@ def optimize(
     after: Callable[[int], dict[str, float] | None] = lambda step: None,
     finished: Callable[[], bool] = lambda: False,
     checkpoints: Checkpoints | None = None,
-    memory: dict[str, list[float]] | None = None,
+    memory: dict[str, list[Any]] | None = None,
     ranks: Ranks = SOLO,
+    updates: int = 1,
 ) -> int:
     """Minimise the sum of `parts_at(step)` with AdamW, warm-up + cosine and gradient clipping; returns the steps taken.
 
@@ -107,6 +108,7 @@ def optimize(
         checkpoints: where to go on from, and to save to every so many steps and when stopped.
         memory: what `parts_at` and `finished` remember from step to step; restored in place.
         ranks: the processes that share every step. Only the first one's watch is told of it.
+        updates: how often within a step `parts_at` is asked and the optimizer moves; metrics are averaged over them, too.
 
     Raises:
         TrainingError: the loss or its gradient is not finite.
@@ -129,7 +131,8 @@ def optimize(
                 ranks.wait()
                 raise TrainingStoppedError(f"stopped before step {step + 1} of {plan.steps}; run it again to go on from there")
             rate = learning_rate_at(step, plan)
-            progress.recent.append(_step(trained, optimizer, plan, step, rate, parts_at(step), ranks))
+            for _ in range(updates):
+                progress.recent.append(_update(trained, optimizer, plan, step, rate, parts_at(step), ranks))
             further = after(step + 1) or {}
             done = step + 1 == plan.steps or finished()
             if further or done or (step + 1) % plan.log_every == 0:
@@ -150,7 +153,7 @@ def _adamw(parameters: list[Tensor], plan: Plan) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True)
 
 
-def _step(
+def _update(
     trained: list[Tensor],
     optimizer: torch.optim.Optimizer,
     plan: Plan,
@@ -159,15 +162,20 @@ def _step(
     parts: Iterable[Part],
     ranks: Ranks,
 ) -> dict[str, float]:
-    """One step of the optimizer, and its metrics."""
+    """One move of the optimizer, none where no part has a loss; its metrics."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     counted: Counter[str] = Counter()
+    learnt = False
     for loss, metrics in parts:
-        loss.backward()
-        counted.update({"train/loss": loss.item(), **metrics})
+        counted.update({"train/loss": 0.0 if loss is None else loss.item(), **metrics})
+        if loss is not None:
+            loss.backward()
+            learnt = True
     summed = dict(zip(counted, ranks.total(list(counted.values())), strict=True))
     _refuse_unless_finite(summed["train/loss"], "loss", step, plan)
+    if not ranks.any(learnt):
+        return {**summed, "train/grad_norm": 0.0}
     ranks.sum_gradients(trained)
     norm = clip_gradients(trained, plan.max_grad_norm)
     _refuse_unless_finite(norm, "gradient's norm", step, plan)

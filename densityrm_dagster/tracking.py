@@ -50,7 +50,8 @@ class Training:
         left = elapsed / done * (plan.steps - step)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name in _SHOWN)
         rate = done * plan.units / max(elapsed, 1e-9)
-        self._context.log.info(f"{step}/{plan.steps}  {rate:,.0f} {self._unit}/s  {left:.0f} s left  {shown}")
+        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        self._context.log.info(f"{step}/{plan.steps}  {speed} {self._unit}/s  {left:.0f} s left  {shown}")
 
     def finish(self, folder: Path, final: dict[str, float], curves: list[str]) -> dict[str, Any]:
         """Write metrics.parquet beside the model and return the report card: final values, curves, seconds, MLflow link."""

@@ -99,7 +99,7 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
         from densityrm_core.evaluation import evaluate_policies, held_out_prompts, open_exam, with_key
         from densityrm_core.judge import load_judge
         from densityrm_core.models import pick_device
-        from densityrm_dagster.policy_card import evaluation_card
+        from densityrm_dagster.policy_evaluation_card import evaluation_card
 
         set_up_torch(experiment.compute)
         device, settings = pick_device(experiment.compute.device), (experiment.evaluation, experiment.grpo)
@@ -138,7 +138,7 @@ def _policy_curves(experiment: Experiment) -> dg.AssetsDefinition:
         from densityrm_core.judge import load_judge
         from densityrm_core.models import pick_device
         from densityrm_core.policy_curves import judged_curve
-        from densityrm_dagster.policy_card import curves_card
+        from densityrm_dagster.policy_evaluation_card import curves_card
 
         set_up_torch(experiment.compute)
         contexts = preference_pairs.filter(pl.col("split") == "validation").select("prompt_id", "context").collect()
@@ -170,7 +170,7 @@ def _policy_diversity(experiment: Experiment) -> dg.AssetsDefinition:
         from densityrm_core.diversity import measure_diversity
         from densityrm_core.encoders import encoder_of_texts
         from densityrm_core.models import pick_device
-        from densityrm_dagster.policy_card import diversity_card
+        from densityrm_dagster.policy_evaluation_card import diversity_card
 
         set_up_torch(experiment.compute)
         compute = experiment.compute

@@ -59,8 +59,9 @@ def _policy(arm: Arm, experiment: Experiment) -> dg.AssetsDefinition:
         folders: dg.ResourceParam[FolderIOManager],
         mlflow: MLflowTracker,
     ) -> Iterator[Any]:
-        from densityrm_core.grpo import train_policy
-        from densityrm_core.models import pick_device, save_model
+        from densityrm_core.evaluation import held_out_prompts
+        from densityrm_core.grpo import PolicyTask, train_policy
+        from densityrm_core.models import save_model
         from densityrm_core.sampling import training_prompts
 
         settings, folder, seed = chosen(config, experiment.grpo), folders.stage(context), seed_of(context)
@@ -72,14 +73,15 @@ def _policy(arm: Arm, experiment: Experiment) -> dg.AssetsDefinition:
                 context, mlflow, experiment, POLICIES, settings, name, "completions", folders.checkpoints(context), **sampling
             ) as training,
         ):
-            device = pick_device(experiment.compute.device)
-            trained = train_policy(base_model, reward_model, asked, settings, seed, training.watch, device, experiment.sampling)
-            how_it_went = {"steps_taken": trained.steps, "stopped_by_kl_budget": trained.stopped_by_kl}
-            scale = {"reward_mean": trained.scale.mean, "reward_std": trained.scale.std}
-            card = {"settings": settings.model_dump(mode="json"), "seed": seed, **sampling, **how_it_went, **scale}
+            watched = held_out_prompts(preference_pairs, density_weights, settings.evaluation_prompts, "validation")
+            task = PolicyTask(base_model, reward_model, asked, watched, settings, seed, experiment.sampling, experiment.compute)
+            trained = train_policy(task, training.watch)
+            how_it_went = trained.how_it_went
+            card = {"settings": settings.model_dump(mode="json"), "seed": seed, **sampling, **how_it_went, **trained.scale.card}
             save_model(trained.model, trained.codec, folder, card)
-            final = {metric: training.watch.last(metric) for metric in ("reward/mean", "kl/sequence", "train/loss")}
-            shown = training.finish(folder, final, ["reward/mean", "kl/sequence"])
+            trained.completions.write_parquet(folder / "completions.parquet")
+            final = {metric: training.watch.last(metric) for metric in ("reward/mean", "eval/reward", "eval/kl", "train/loss")}
+            shown = training.finish(folder, final, ["reward/mean", "eval/reward", "eval/kl"])
         yield folder_output(folder, {**shown, **how_it_went, "training_prompts": asked.height})
         losses = training.watch.frame().filter(pl.col("metric") == "train/loss")["value"]
         yield dg.AssetCheckResult(

@@ -1,4 +1,4 @@
-"""Packed rows equal the padded computation, tokens are tokens everywhere, GRPO samples from the policy it trains."""
+"""Packed rows equal the padded computation, tokens are tokens everywhere, a loop stops, fails and repeats as it should."""
 
 from pathlib import Path
 
@@ -7,16 +7,13 @@ import polars as pl
 import pytest
 import torch
 
-from densityrm_core.decoding import Decoding
-from densityrm_core.grpo import group_advantages, grpo_loss, train_policy
 from densityrm_core.likelihood import log_probs
 from densityrm_core.losses import bradley_terry_loss, correctness
 from densityrm_core.models import load_causal_lm, load_codec, load_reward_model, new_reward_model, save_model
 from densityrm_core.packing import pack, rewards
 from densityrm_core.reward_model import RewardModelTask, train_reward_model
-from densityrm_core.rollout import sample_completions
 from densityrm_core.scoring import tokenize_pairs
-from densityrm_core.settings import BaseModelSettings, GrpoSettings, RewardModelSettings
+from densityrm_core.settings import BaseModelSettings, RewardModelSettings
 from densityrm_core.sft import train_base_model
 from densityrm_core.training import Plan, TrainingError, TrainingStoppedError, Watch, learning_rate_at, optimize
 
@@ -99,31 +96,6 @@ def test_log_probs_equal_the_full_softmax(base: Path):
     assert packed.tolist() == pytest.approx(plain, abs=1e-5)
 
 
-def test_sampled_completions_come_from_the_policys_own_distribution(base: Path):
-    model, codec = load_causal_lm(base).eval(), load_codec(base)
-    prompt = codec.prompt([{"role": "user", "content": "How do I fix my violin number 2?"}])
-    first = [reply for reply in sample_completions(model, [prompt], codec.eos, 4000, Decoding(1), seed=0).groups[0]]
-    counts = torch.bincount(torch.tensor([c[0] for c in first]), minlength=model.config.vocab_size) / len(first)
-    expected = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
-    assert (counts - expected).abs().max() < 0.03
-
-
-def test_greedy_completions_equal_hugging_face_generate(base: Path):
-    model, codec = load_causal_lm(base).eval(), load_codec(base)
-    prompts = [codec.prompt([{"role": "user", "content": text}]) for text in ("How do I fix my violin number 2?", "Why?")]
-    ours = sample_completions(model, prompts, codec.eos, 2, Decoding(12, temperature=0), seed=0).groups
-    for prompt, group in zip(prompts, ours, strict=True):
-        theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :].tolist()
-        assert group[0] == group[1] == theirs
-
-
-def test_rollouts_repeat_with_their_seed(base: Path):
-    model, codec = load_causal_lm(base), load_codec(base)
-    prompts = [codec.prompt([{"role": "user", "content": "How?"}])]
-    first, again, other = (sample_completions(model, prompts, codec.eos, 8, Decoding(12), seed=seed) for seed in (1, 1, 2))
-    assert first == again != other
-
-
 def test_every_reply_ends_with_end_of_sequence_even_when_cut(base: Path):
     codec = load_codec(base)
     ids = codec.reply("word " * 100)
@@ -151,55 +123,6 @@ def test_training_repeats_bit_for_bit_with_its_seed(base: Path, pairs: pl.DataFr
     states = [torch.cat([p.flatten() for p in train_reward_model(task, Watch()).model.parameters()]) for task in tasks]
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
-
-
-def test_a_policy_moves_towards_its_reward_model(base: Path, reward_model: Path, pairs: pl.DataFrame):
-    watch = Watch()
-    asked = pairs.unique("prompt_id", maintain_order=True).with_columns(weight=pl.lit(1.0))
-    settings = GrpoSettings(
-        steps=60, prompts_per_step=6, group_size=8, max_new_tokens=10, learning_rate=4e-3, kl_coefficient=0.0, kl_budget=1e6
-    )
-    train_policy(base, reward_model, asked, settings, 0, watch)
-    rewards_seen = [metrics["reward/mean"] for _, metrics in watch.points]
-    assert rewards_seen[-1] > rewards_seen[0] + 0.2
-
-
-def test_a_policy_stops_once_its_kl_budget_is_spent(base: Path, reward_model: Path, pairs: pl.DataFrame):
-    asked = pairs.unique("prompt_id", maintain_order=True).with_columns(weight=pl.lit(1.0))
-    settings = GrpoSettings(
-        steps=60, prompts_per_step=2, group_size=4, max_new_tokens=10, learning_rate=1e-2, kl_coefficient=0.0, kl_budget=0.5
-    )
-    trained = train_policy(base, reward_model, asked, settings, 0, Watch())
-    assert trained.stopped_by_kl
-    assert trained.steps < 60
-
-
-def test_on_policy_loss_has_ratio_one_and_the_policy_gradient():
-    current = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
-    advantage = torch.tensor([1.0, -1.0, 0.5])
-    loss = grpo_loss(current, current.detach(), advantage, kl_coefficient=0.3)
-    loss.backward()
-    assert loss.item() == pytest.approx(-advantage.sum().item())
-    assert current.grad.tolist() == pytest.approx((-advantage).tolist())  # at the reference the KL term has no gradient
-
-
-def test_kl_penalty_has_the_gradient_of_the_kl():
-    """E over pi of grad k3*ratio equals grad KL(pi || ref), enumerated over a small vocabulary."""
-    logits, reference = torch.tensor([0.3, -0.2, 0.9], requires_grad=True), torch.tensor([0.1, 0.5, -0.4]).log_softmax(0)
-    log_pi = logits.log_softmax(0)
-    (log_pi.exp() * (log_pi - reference)).sum().backward()
-    exact = logits.grad.clone()
-    logits.grad = None
-    log_pi = logits.log_softmax(0)
-    gap = reference - log_pi
-    ((log_pi - log_pi.detach()).exp() * (gap.exp() - gap - 1) * log_pi.exp().detach()).sum().backward()
-    assert logits.grad.tolist() == pytest.approx(exact.tolist(), abs=1e-6)
-
-
-def test_advantages_have_no_mean_and_tied_groups_none_at_all():
-    advantages = group_advantages(torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]))
-    assert advantages.mean(1).tolist() == pytest.approx([0, 0], abs=1e-6)
-    assert advantages[1].tolist() == [0, 0, 0]
 
 
 def test_bradley_terry_loss_is_the_negative_log_likelihood():
