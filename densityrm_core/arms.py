@@ -51,7 +51,7 @@ def policy_title(policy: str) -> str:
     """A policy's name in tables and figures."""
     if is_best_of(policy):
         n, model = policy.removeprefix(BEST_OF).split("_", 1)
-        return f"best of {n}, {model} RM"
+        return f"best of {n}, {model}"
     return policy if policy == "base" else f"arm {policy.upper()}"
 
 

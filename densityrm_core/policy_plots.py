@@ -128,8 +128,7 @@ def diversity(measured: pl.DataFrame) -> bytes:
 
 def _panels(width: float, height: float, **margins: float) -> Figure:
     """An empty figure for several plots, placed by hand: to have them placed takes seconds."""
-    figure = blank(width, height)
-    figure.set_layout_engine("none")
+    figure = blank(width, height, layout=None)
     figure.subplots_adjust(left=0.07, right=0.98, **margins)
     return figure
 

@@ -17,24 +17,25 @@ _NAMES = {"a": "A: neither", "b": "B: RM", "c": "C: prompts", "d": "D: both"}  #
 
 
 def overview(measured: pl.DataFrame) -> pl.DataFrame:
-    """Judge reward, its change against the base policy, win rate, and the greedy completion. Reads policy_metrics.measure."""
+    """Judge reward, its change against the base policy, win rate, greedy completion, length. Reads policy_metrics.measure."""
     spec = spec_of(measured)
     columns = {
         "judge reward [95 %]": ("judge_reward", spec),
         "against base [95 %]": ("change", "+" + spec),
         "wins, % [95 %]": ("wins", "%"),
     }
-    return _a_row_a_policy(measured, columns).hstack(_a_row_a_policy(measured, {"greedy": ("greedy", spec)}, bare=True)[:, 1:])
+    plain = {"greedy": ("greedy", spec), "tokens": ("tokens", ".1f")}
+    return _a_row_a_policy(measured, columns).hstack(_a_row_a_policy(measured, plain, bare=True)[:, 1:])
 
 
 def gains(measured: pl.DataFrame) -> pl.DataFrame:
-    """What the judge and the policy's own reward model say was gained, in one unit; KL and length. Reads `measure`."""
+    """What the judge and the policy's own reward model say was gained, in one unit, and the KL it took. Reads `measure`."""
     columns = {
         "gain, judge": ("judge_gain", "+.2f"),
         "gain, own RM": ("own_gain", "+.2f"),
         "own - judge": ("own_less_judge", "+.2f"),
     }
-    plain = {"KL, nats": ("kl", ".2f"), "tokens": ("tokens", ".1f")}
+    plain = {"KL, nats": ("kl", ".2f")}
     return _a_row_a_policy(measured, columns).hstack(_a_row_a_policy(measured, plain, bare=True)[:, 1:])
 
 

@@ -116,4 +116,4 @@ def test_policies_say_which_reward_model_is_theirs():
     names = [best_of_name(16, "rm_density"), "d", "base", "a"]
     assert in_order(names) == ["base", "a", "d", "best_of_16_density"]
     assert [reward_model_of(name) for name in in_order(names)] == [None, "rm_uniform", "rm_density", "rm_density"]
-    assert policy_title(names[0]) == "best of 16, density RM"
+    assert policy_title(names[0]) == "best of 16, density"

@@ -304,7 +304,7 @@ def test_best_of_n_is_shown_and_takes_no_part_in_the_verdict():
     )
     with_best = build_report(EXPERIMENT, NO_RM, results(pl.concat([rows, best])))
     without = build_report(EXPERIMENT, NO_RM, results(rows))
-    assert "| best of 16, density RM | 9.000 [9.000, 9.000] |" in with_best.markdown
+    assert "| best of 16, density | 9.000 [9.000, 9.000] |" in with_best.markdown
     assert max(map(len, with_best.terminal().splitlines())) <= 110
     assert with_best.table["verdict"] == without.table["verdict"]
     assert with_best.table["policy"]["difference"] == without.table["policy"]["difference"]
