@@ -8,8 +8,8 @@ one step in turn, so that whatever else the machine does meets all of them:
 - `trl_small`: no checkpointing, 8 completions a forward pass, which takes less memory and is often faster;
 - `ours`: densityrm_core's own loop.
 
-The last line is a JSON object: `ratio_vs_defaults` and `ratio_vs_tuned` (TRL's seconds / ours, the median over the steps; tuned is
-the faster of the two without checkpointing), `cpu_ratio_vs_...` (the same of CPU seconds, which a busy machine disturbs less),
+The last line is a JSON object: `ratio_vs_defaults` and `ratio_vs_tuned` (TRL's seconds / ours, the median over the steps; tuned
+is the faster of the two without checkpointing), `cpu_ratio_vs_...` (the same of CPU seconds, which a busy machine disturbs less),
 `split` (mean wall seconds of generate, reward, reference and train, of every side), `peak_rss_ratio` (ours / `trl_defaults`), and
 every side's own figures, or null for a side that `failed`, with the reason. Without fast bfloat16 all sides compute in float32.
 """

@@ -1,8 +1,8 @@
-"""A reward model's training, killed again and again at random moments, ends in the bits of one that was left alone.
+"""A training, killed again and again at random moments, ends in the bits of one that was left alone.
 
-A small model is trained on planted pairs in a process of its own, which is killed with SIGKILL after a random time and started
-again until all kills are spent and it ends. Keys: `kills`, `landed` (kills that met a running training), `resumed` (starts that
-went on from a checkpoint), `identical` (weights and metrics, byte for byte).
+A small reward model, or policy, is trained on planted pairs in a process of its own, which is killed with SIGKILL after a random
+time and started again until all kills are spent and it ends. Keys: `what`, `kills`, `landed` (kills that met a running
+training), `resumed` (starts that went on from a checkpoint), `identical` (weights and metrics, byte for byte).
 """
 
 import argparse
@@ -13,6 +13,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -20,31 +21,35 @@ import torch
 
 from densityrm_core.checkpoints import CheckpointFolder
 from densityrm_core.experiment import Experiment
-from densityrm_core.models import save_model
-from densityrm_core.reward_model import RewardModelTask, train_reward_model
-from densityrm_core.settings import BaseModelSettings, RewardModelSettings
+from densityrm_core.grpo import PolicyTask, TrainedPolicy, train_policy
+from densityrm_core.models import new_reward_model, save_model
+from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, train_reward_model
+from densityrm_core.settings import BaseModelSettings, GrpoSettings, RewardModelSettings
 from densityrm_core.sft import train_base_model
 from densityrm_core.sources import Folders, read_source
 from densityrm_core.training import Watch
 
+What = Literal["reward_model", "policy"]
+WHAT: tuple[What, ...] = ("reward_model", "policy")
 _LONGEST = 6.0  # seconds from the first step to a kill
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--what", default="reward_model", choices=WHAT)
     arguments.add_argument("--kills", type=int, default=10)
     arguments.add_argument("--steps", type=int, default=120)
     arguments.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="killed_training.") as folder:
-        found = kill_and_resume(Path(folder), options.kills, options.steps, options.seed)
-    print(json.dumps(found))
+        found = kill_and_resume(Path(folder), options.kills, options.steps, options.seed, options.what)
+    print(json.dumps({"what": options.what, **found}))
 
 
-def kill_and_resume(folder: Path, kills: int, steps: int, seed: int) -> dict[str, int | bool]:
+def kill_and_resume(folder: Path, kills: int, steps: int, seed: int, what: What = "reward_model") -> dict[str, int | bool]:
     """Train once undisturbed and once with kills, below `folder`; what happened, see the module."""
-    _prepare(folder)
-    undisturbed, disturbed = (Training(folder, folder / name, steps) for name in ("undisturbed", "disturbed"))
+    prepare(folder)
+    undisturbed, disturbed = (Training(folder, folder / name, steps, what) for name in ("undisturbed", "disturbed"))
     _start(undisturbed).join()
     moments, landed = random.Random(seed), 0
     for _ in range(kills):
@@ -70,6 +75,7 @@ class Training:
     folder: Path
     out: Path
     steps: int
+    what: What = "reward_model"
 
     def run(self) -> None:
         torch.set_num_threads(1)
@@ -80,12 +86,32 @@ class Training:
             resumed=lambda step, _: self._note(step),
             folder=CheckpointFolder(self.out / "checkpoints", every=5),
         )
+        trained = self._policy(pairs, watch) if self.what == "policy" else self._reward_model(pairs, watch)
+        save_model(trained.model, trained.codec, self.out, {})
+        watch.frame().write_parquet(self.out / "metrics.parquet")
+
+    def _reward_model(self, pairs: pl.DataFrame, watch: Watch) -> TrainedRewardModel:
         settings = RewardModelSettings(steps=self.steps, pairs_per_step=8, evaluate_every=20)
         weights = np.random.default_rng(0).lognormal(0, 0.5, pairs.height)
         task = RewardModelTask(self.folder / "base", pairs, weights, pairs.head(64), settings, seed=0)
-        trained = train_reward_model(task, watch)
-        save_model(trained.model, trained.codec, self.out, {})
-        watch.frame().write_parquet(self.out / "metrics.parquet")
+        return train_reward_model(task, watch)
+
+    def _policy(self, pairs: pl.DataFrame, watch: Watch) -> TrainedPolicy:
+        asked = pairs.unique("prompt_id", keep="first", maintain_order=True).with_columns(
+            weight=pl.lit(1.0), decile=pl.lit(1, pl.Int8), quartile=pl.lit(1, pl.Int8)
+        )
+        settings = GrpoSettings(
+            steps=self.steps,
+            prompts_per_step=4,
+            group_size=4,
+            max_new_tokens=12,
+            evaluate_every=10,
+            learning_rate=1e-3,
+            log_every=1,
+        )
+        trained = train_policy(PolicyTask(self.folder / "base", self.folder / "rm", asked, asked.head(8), settings, 0), watch)
+        trained.completions.write_parquet(self.out / "completions.parquet")
+        return trained
 
     def _note(self, step: int) -> None:
         with (self.out / "resumed").open("a", encoding="utf-8") as notes:
@@ -94,18 +120,19 @@ class Training:
 
 def _start(training: Training) -> multiprocessing.process.BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["densityrm_core.reward_model"])  # only the training itself is to be met by the kills
+    context.set_forkserver_preload(["densityrm_core.grpo"])  # only the training itself is to be met by the kills
     process = context.Process(target=training.run)
     process.start()
     return process
 
 
-def _prepare(folder: Path) -> None:
+def prepare(folder: Path) -> None:
     experiment, folders = Experiment(), Folders(folder, folder / "raw", folder / "shards")
     pairs = read_source("hh_rlhf", experiment.sources.hh_rlhf, experiment.planted, folders).pairs.frame().head(600)
     pairs.write_parquet(folder / "pairs.parquet")
     model, codec = train_base_model(pairs, BaseModelSettings(steps=0, hidden_size=64, layers=2), Watch())
     save_model(model, codec, folder / "base", {})
+    save_model(new_reward_model(folder / "base", 0), codec, folder / "rm", {})
 
 
 if __name__ == "__main__":

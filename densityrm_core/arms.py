@@ -57,4 +57,8 @@ def policy_title(policy: str) -> str:
 
 def in_order(policies: Iterable[str]) -> list[str]:
     """Policies as they are shown: base, arms, best-of-n."""
-    return sorted(set(policies), key=lambda policy: (policy != "base", is_best_of(policy), policy))
+    return sorted(set(policies), key=_place)
+
+
+def _place(policy: str) -> tuple[bool, bool, bool, str]:
+    return policy != "base", is_best_of(policy), is_best_of(policy) and reward_model_of(policy) == "rm_density", policy

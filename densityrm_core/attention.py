@@ -2,9 +2,10 @@
 
 All tokens of a batch stand in one row, and one rule says who sees whom: a token sees the prompt of its group and its own branch,
 up to itself. On CPUs neighbouring groups form spans of some hundred tokens, each one call of PyTorch's attention under the rule's
-mask, so linear layers run on the distinct tokens and nothing else, and attention is quadratic in a span, not in the batch. On
-CUDA the rule is the mask of FlexAttention [Dong et al. 2024], which skips blocks that nobody sees; there it has not been run: the
-tests compare the rule and its plumbing with the spans on the CPU, forward.
+mask, so linear layers run on the distinct tokens and nothing else, and attention is quadratic in a span, not in the batch. Of a
+large group each branch is a span of its own, which also sees the prompt in the span of the first branch. On CUDA the rule is the
+mask of FlexAttention [Dong et al. 2024], which skips blocks that nobody sees; there it has not been run: the tests compare the
+rule and its plumbing with the spans on the CPU, forward.
 """
 
 from __future__ import annotations
@@ -40,14 +41,24 @@ class Narrow:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Spans of a packed row of T tokens: `sizes`, their tokens; `masks`, (n, n) float32 each, 0 where a token may look, or -inf.
+class Prompt:
+    """The first `tokens` tokens of a span."""
 
-    With `blocks`, the same for FlexAttention, the spans are not used. `narrow`: of the last layer, these rows only.
+    span: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Spans of a packed row of T tokens: `sizes`, their tokens n; `masks`, 0 where a token may look, or -inf, float32.
+
+    A mask is (n, n), or (n, p + n) where the p tokens of the prompt stand in another span. With `blocks`, the same for
+    FlexAttention, the spans are not used. `narrow`: of the last layer, these rows only.
     """
 
     sizes: tuple[int, ...]
     masks: tuple[Tensor, ...]
+    prompts: tuple[Prompt | None, ...]  # of each span, if it is in another one
     group: Tensor  # (T,) int64
     branch: Tensor  # (T,) int64, 0 in a prompt, from 1 in the branches
     blocks: BlockMask | None = None
@@ -56,22 +67,46 @@ class Layout:
 
 def lay_out(groups: Sequence[tuple[int, Sequence[int]]], device: torch.device | str = "cpu") -> Layout:
     """The layout of groups given as (tokens of the prompt, tokens of each branch), in order."""
-    sizes: list[int] = []
-    room = 0
-    for prompt, branches in groups:
-        size = prompt + sum(branches)
-        if not sizes or size > room:
-            sizes.append(0)
-            room = _SPAN
-        sizes[-1] += size
-        room -= size
     runs = [(number, place, size) for number, (p, bs) in enumerate(groups) for place, size in enumerate((p, *bs))]
     group, branch, lengths = torch.tensor(runs, dtype=torch.long).reshape(-1, 3).T
     group, branch = group.repeat_interleave(lengths), branch.repeat_interleave(lengths)
+    sizes, prompts = _spans(groups)
     if torch.device(device).type == "cuda":
-        return with_blocks(Layout(tuple(sizes), (), group.to(device), branch.to(device)))
-    masks = [_mask(*ids) for ids in zip(group.split(sizes), branch.split(sizes), strict=True)]
-    return Layout(tuple(sizes), tuple(mask.to(device) for mask in masks), group.to(device), branch.to(device))
+        return with_blocks(Layout(sizes, (), prompts, group.to(device), branch.to(device)))
+    parts = list(zip(group.split(sizes), branch.split(sizes), strict=True))
+    masks = [
+        (_mask(*ids) if prompt is None else _mask_behind(prompt.tokens, len(ids[0]))).to(device)
+        for ids, prompt in zip(parts, prompts, strict=True)
+    ]
+    return Layout(sizes, tuple(masks), prompts, group.to(device), branch.to(device))
+
+
+def _spans(groups: Sequence[tuple[int, Sequence[int]]]) -> tuple[tuple[int, ...], tuple[Prompt | None, ...]]:
+    """Sizes of the spans, and where the prompts of those are that have none themselves."""
+    sizes: list[int] = []
+    prompts: list[Prompt | None] = []
+    room = 0
+    for prompt, branches in groups:
+        size = prompt + sum(branches)
+        if _apart(prompt, branches):
+            first = Prompt(len(sizes), prompt)
+            sizes += [prompt + branches[0], *branches[1:]]
+            prompts += [None, *[first] * (len(branches) - 1)]
+            room = 0
+            continue
+        if not sizes or size > room:
+            sizes.append(0)
+            prompts.append(None)
+            room = _SPAN
+        sizes[-1] += size
+        room -= size
+    return tuple(sizes), tuple(prompts)
+
+
+def _apart(prompt: int, branches: Sequence[int]) -> bool:
+    """Whether a call for each branch multiplies less than half of what one call for the group does."""
+    whole = (prompt + sum(branches)) ** 2
+    return len(branches) > 2 and whole > 2 * (prompt**2 + sum(branch * (prompt + branch) for branch in branches))
 
 
 def with_blocks(layout: Layout) -> Layout:
@@ -156,12 +191,15 @@ def _attend_spans(
 ) -> Tensor:
     """One split: slices cost a copy each, back."""
     grouped = query.shape[1] != key.shape[1]
-    parts = zip(query.split(asked.sizes, 2), *(x.split(layout.sizes, 2) for x in (key, value)), asked.masks, strict=True)
-    done = [
-        scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, scale=scaling, enable_gqa=grouped)
-        for q, k, v, mask in parts
-        if len(mask)
-    ]
+    keys, values = key.split(layout.sizes, 2), value.split(layout.sizes, 2)
+    done: list[Tensor] = []
+    for number, (q, mask) in enumerate(zip(query.split(asked.sizes, 2), asked.masks, strict=True)):
+        if not len(mask):
+            continue
+        k, v, prompt = keys[number], values[number], layout.prompts[number]
+        if prompt is not None:
+            k, v = (torch.cat([x[prompt.span][:, :, : prompt.tokens], own], 2) for x, own in ((keys, k), (values, v)))
+        done.append(scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, scale=scaling, enable_gqa=grouped))
     return torch.cat([part.transpose(1, 2) for part in done], 1)
 
 
@@ -196,6 +234,12 @@ def _mask(group: Tensor, branch: Tensor) -> Tensor:
     at = torch.arange(len(group))
     allowed = _sees(group, branch, at[:, None], at)
     return torch.zeros(len(group), len(group)).masked_fill(~allowed, float("-inf"))
+
+
+@cache
+def _mask_behind(prompt: int, tokens: int) -> Tensor:
+    """Of a branch, (tokens, prompt + tokens): each sees the whole prompt, and its branch up to itself."""
+    return torch.full((tokens, prompt + tokens), float("-inf")).triu(prompt + 1)
 
 
 def _sees(group: Tensor, branch: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from densityrm_core.tokens import Codec
 from densityrm_core.training import Part, Plan, Watch, optimize
 
 _SCALE_PROMPTS, _SCALE_SAMPLES = 64, 4
+_FINAL = ("train/loss", "reward/mean", "kl/sequence", "eval/reward", "eval/kl", "eval/tokens")
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,17 @@ class TrainedPolicy:
     kept_step: int
     stopped_by_kl: bool
     completions: pl.DataFrame  # tables.POLICY_COMPLETIONS
+    metrics: dict[str, float]  # the last of each that there is
 
     @property
     def how_it_went(self) -> dict[str, Any]:
-        """What a report card says of it."""
+        """What a person is told of the end of the training."""
         return {"steps_taken": self.steps, "kept_step": self.kept_step, "stopped_by_kl_budget": self.stopped_by_kl}
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What its folder says of it."""
+        return {**self.how_it_went, **self.scale.card}
 
 
 def train_policy(task: PolicyTask, watch: Watch) -> TrainedPolicy:
@@ -124,7 +131,8 @@ def train_policy(task: PolicyTask, watch: Watch) -> TrainedPolicy:
     )
     stopped = control.past_budget()
     kept = _back_inside(policy, task.base, inside) if stopped else steps
-    return TrainedPolicy(policy, codec, rewarder.scale, steps, kept, stopped, looking.completions)
+    last = {name: value for _, metrics in watch.points for name, value in metrics.items() if name in _FINAL}
+    return TrainedPolicy(policy, codec, rewarder.scale, steps, kept, stopped, looking.completions, last)
 
 
 class _Precision:

@@ -177,7 +177,7 @@ class _Page:
 def _pair(page: _Page, row: dict[str, Any]) -> None:
     page.rule(f"pair {row['pair_id']}")
     for turn in row["context"]:
-        page.text(f"{_plain(turn['role'])}:", turn["content"], "user" if turn["role"] == "user" else "dim")
+        page.text(f"{plain(turn['role'])}:", turn["content"], "user" if turn["role"] == "user" else "dim")
     for side, style in (("chosen", "good"), ("rejected", "bad")):
         score = row.get(f"score_{side}")
         page.text(f"{side.upper()}{'' if score is None else f' (score {score:g})'}:", row[side], style)
@@ -187,7 +187,7 @@ def _pair(page: _Page, row: dict[str, Any]) -> None:
 
 
 def _reject(page: _Page, row: dict[str, Any], most: int | None) -> None:
-    page.rule(f"{row['reason']} at {_plain(row['origin'])}")
+    page.rule(f"{row['reason']} at {plain(row['origin'])}")
     meaning = REASONS[row["reason"]].meaning if row["reason"] in REASONS else ""
     shown = {"meaning": meaning, "detail": row["detail"]}
     shown |= {key: _value(value) for key, value in row.items() if key not in {"reason", "origin", "detail", "raw"}}
@@ -200,7 +200,7 @@ def _reject(page: _Page, row: dict[str, Any], most: int | None) -> None:
 
 
 def _fields(page: _Page, row: dict[str, Any]) -> None:
-    page.rule(f"{next(iter(row))} {_plain(_value(next(iter(row.values()))))}")
+    page.rule(f"{next(iter(row))} {plain(_value(next(iter(row.values()))))}")
     page.keys({key: _value(value) for key, value in row.items()}, _VALUE_LINES)
 
 
@@ -221,7 +221,7 @@ def _wrapped(text: str, width: int) -> list[str]:
     lines: list[str] = []
     for paragraph in text.expandtabs(4).replace("\r\n", "\n").split("\n"):
         current = ""
-        for word in re.findall(r"\s*\S+", _plain(paragraph)):
+        for word in re.findall(r"\s*\S+", plain(paragraph)):
             if current and _cells(current + word) > width:
                 lines.append(current)
                 current, word = "", word.lstrip()
@@ -251,7 +251,7 @@ def _cells(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """`text` on one line with everything visible that would steer the terminal."""
     if text.isascii() and text.isprintable():
         return text

@@ -45,7 +45,9 @@ def logits_of(model: Any, states: Tensor) -> Tensor:
 
 def _of_rows(model: Any, states: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Tensor:
     """(1 or 2, rows): log-probabilities, entropies."""
-    logits = logits_of(model, states) / temperature
+    logits = logits_of(model, states)
+    if temperature != 1:
+        logits = logits / temperature
     if not entropy:
         return -nn.functional.cross_entropy(logits, targets, reduction="none")[None]
     scores = logits.log_softmax(-1)

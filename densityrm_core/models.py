@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from densityrm_core.ranks import SOLO, Ranks, whole
 from densityrm_core.settings import BaseModelSettings
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CARD = "densityrm.json"
+_NO_LIMIT = 10**9  # tokenizers without a limit say 10^30
 _SPECIAL = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>")
 
 
@@ -155,7 +157,32 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CARD
     if not path.exists():
         raise ModelError(f"{path} is missing: {folder} was not written by densityrm")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} cannot be read: {first_line(error)}; write the folder again") from error
+
+
+def read_config(folder: str | Path) -> Any:
+    """The config of a Hugging Face folder, without its weights.
+
+    Raises:
+        ModelError: there is none, or transformers does not know it.
+    """
+    from transformers import AutoConfig
+
+    if not Path(folder, "config.json").is_file():
+        raise ModelError(f"{folder} is no model: there is no config.json; give the folder of a Hugging Face model")
+    try:
+        return AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: its config.json cannot be read: {first_line(error)}") from error
+
+
+def most_tokens(tokenizer: PreTrainedTokenizerBase, config: Any, otherwise: int) -> int:
+    """Tokens of prompt and reply together that both the tokenizer and the model allow; `otherwise` where neither says."""
+    limits = (tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None))
+    return int(min((limit for limit in limits if limit and 0 < limit < _NO_LIMIT), default=otherwise))
 
 
 def pick_device(device: str) -> str:
@@ -175,7 +202,7 @@ def _classifier() -> Any:
 def _load(cls: Any, source: str | Path, device: str, **config: Any) -> Any:
     try:
         model = cls.from_pretrained(str(source), dtype=torch.float32, attn_implementation="sdpa", **config)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source}: cannot be loaded as a {cls.__name__}: {first_line(error)}") from error
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

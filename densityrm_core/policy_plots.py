@@ -53,7 +53,7 @@ def policy_rewards(measured: pl.DataFrame) -> bytes:
         ax.legend(frameon=False, loc="best")
     for i, arm in enumerate(arms):
         error_bars(ax, [i], rewards[arm][:, None], *_style(arm))
-    ax.set_xticks(range(len(arms)), [_LABELS.get(arm, policy_title(arm).replace(", ", ",\n")) for arm in arms])
+    ax.set_xticks(range(len(arms)), [_LABELS.get(arm, policy_title(arm).replace(", ", ",\n")) for arm in arms], fontsize=8)
     ax.set_xlim(-0.5, max(len(arms), 1) - 0.5)
     ax.set_ylabel("judge reward, 95 % interval")
     return png(figure)
@@ -129,7 +129,7 @@ def diversity(measured: pl.DataFrame) -> bytes:
 def _panels(width: float, height: float, **margins: float) -> Figure:
     """An empty figure for several plots, placed by hand: to have them placed takes seconds."""
     figure = blank(width, height, layout=None)
-    figure.subplots_adjust(left=0.07, right=0.98, **margins)
+    figure.subplots_adjust(left=0.08, right=0.98, **margins)
     return figure
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import TemplateError
 
-from densityrm_core.models import CARD, ModelError, load_codec, load_reward_model, load_tokenizer
+from densityrm_core.models import CARD, ModelError, load_codec, load_reward_model, load_tokenizer, most_tokens, read_config
 from densityrm_core.packing import Group
 from densityrm_core.scoring import score_groups
 from densityrm_core.tokens import CHAT_TEMPLATE, Codec, Turn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _LONGEST = 8192  # tokens of prompt and reply together, where neither a card nor the model says less
 _HEAD = "ForSequenceClassification"
@@ -40,13 +36,7 @@ class Scorer:
         Raises:
             ConversationError: the chat template refuses the context, or makes no token of it.
         """
-        try:
-            prompt = self.codec.prompt(context)
-        except TemplateError as error:
-            raise ConversationError(f"the model's chat template does not take this prompt: {error}") from None
-        if not prompt:
-            raise ConversationError("the model's chat template makes no token of this prompt")
-        return prompt, [self.codec.reply(reply) for reply in replies]
+        return prompt_ids(self.codec, context), [self.codec.reply(reply) for reply in replies]
 
     def rewards(self, groups: Sequence[Group]) -> list[list[float]]:
         """Rewards of the replies of every group, in order; the same reply twice has the same reward to the last bit."""
@@ -63,6 +53,21 @@ class Scorer:
         return [reward for (reward,) in self.rewards(groups)]
 
 
+def prompt_ids(codec: Codec, context: Sequence[Turn]) -> list[int]:
+    """Ids of a context that anyone may have written.
+
+    Raises:
+        ConversationError: the chat template refuses the context, or makes no token of it.
+    """
+    try:
+        prompt = codec.prompt(context)
+    except TemplateError as error:
+        raise ConversationError(f"the model's chat template does not take this prompt: {error}") from None
+    if not prompt:
+        raise ConversationError("the model's chat template makes no token of this prompt")
+    return prompt
+
+
 def load_scorer(folder: str | Path, device: str = "cpu") -> Scorer:
     """The reward model in a Hugging Face folder. One that densityrm did not write is cut to lengths that its config allows.
 
@@ -76,7 +81,7 @@ def load_scorer(folder: str | Path, device: str = "cpu") -> Scorer:
     if Path(folder, CARD).exists():
         return Scorer(model, load_codec(folder))
     tokenizer = load_tokenizer(folder)
-    most = _positions(tokenizer, model.config)
+    most = min(_LONGEST, most_tokens(tokenizer, model.config, _LONGEST))
     codec = Codec(tokenizer, most // 2, most - most // 2)
     notes = [
         f"{folder} has no {CARD}: prompts keep their last {codec.max_prompt_tokens:,} tokens, "
@@ -89,14 +94,7 @@ def load_scorer(folder: str | Path, device: str = "cpu") -> Scorer:
 
 def _check_config(folder: str | Path) -> None:
     """Raise ModelError for what transformers would load without a word, but with a head that nobody trained."""
-    from transformers import AutoConfig
-
-    if not Path(folder, "config.json").is_file():
-        raise ModelError(f"{folder} is no model: there is no config.json; give the folder of a reward model")
-    try:
-        config: Any = AutoConfig.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: its config.json cannot be read: {str(error).strip().splitlines()[0]}") from error
+    config = read_config(folder)
     classes: list[str] = config.architectures or []
     if not any(name.endswith(_HEAD) for name in classes):
         raise ModelError(
@@ -104,9 +102,3 @@ def _check_config(folder: str | Path) -> None:
         )
     if config.num_labels != 1:
         raise ModelError(f"{folder} is no reward model: it has {config.num_labels} labels, and a reward is one")
-
-
-def _positions(tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
-    """Tokens of prompt and reply together that both the tokenizer and the model allow."""
-    limits = (tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None), _LONGEST)
-    return int(min(limit for limit in limits if limit and limit > 0 and math.isfinite(limit)))

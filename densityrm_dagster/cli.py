@@ -11,6 +11,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError  # what Ctrl-C
 
 from densityrm_core.experiment import Experiment, ExperimentError, home, load_experiment
 from densityrm_core.storage import lock
+from densityrm_dagster.cli_chat import chat
 from densityrm_dagster.cli_data import explain, export_nanochat, import_nanochat, inspect
 from densityrm_dagster.cli_score import score
 from densityrm_dagster.services import prepare_home
@@ -96,7 +97,7 @@ def up() -> None:
     raise typer.Exit(serve(home(), in_use))
 
 
-for command in (inspect, explain, export_nanochat, import_nanochat, score):
+for command in (inspect, explain, export_nanochat, import_nanochat, score, chat):
     app.command()(command)
 
 

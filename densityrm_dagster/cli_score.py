@@ -41,10 +41,10 @@ def score(
 
     A line that cannot be scored is written too, with `error`: where it stands and what is wrong.
     """
-    with _one_line_errors():
+    with one_line_errors():
         lines, write_to = _rows(rows), _destination(out)  # what is wrong here is said before anything heavy is loaded
-        with _folder(model) as folder:
-            scorer = _scorer(folder)
+        with reward_model_folder(model) as folder:
+            scorer = ready_scorer(folder)
         from densityrm_core.score_file import Tally
 
         tally, started = Tally(), time.monotonic()
@@ -67,7 +67,8 @@ def _score(rows: "Iterator[RawRow]", scorer: "Scorer", tally: "Tally", write: Ca
     _clear()
 
 
-def _scorer(folder: Path) -> "Scorer":
+def ready_scorer(folder: Path) -> "Scorer":
+    """The reward model in a folder, torch set up as the experiment says; what is to know of it is said."""
     from densityrm_core.models import pick_device
     from densityrm_core.scorer import load_scorer
     from densityrm_dagster.tracking import set_up_torch
@@ -80,7 +81,8 @@ def _scorer(folder: Path) -> "Scorer":
     return scorer
 
 
-def _folder(model: str) -> contextlib.AbstractContextManager[Path]:
+def reward_model_folder(model: str) -> contextlib.AbstractContextManager[Path]:
+    """Where the weights of a folder, or of a version in MLflow's registry, lie."""
     if not model.startswith("models:"):
         if not Path(model).is_dir():
             raise OSError(f"--model {model}: there is no such folder; give one, or models:/<name>@<alias>")
@@ -138,7 +140,7 @@ def _summary(tally: "Tally", truncated: int, seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """What a person can mend is one message, never a traceback, and exit code 1; a reader that had enough is no error to tell."""
     try:
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import polars as pl
 from dagster._core.errors import DagsterExecutionInterruptedError  # what Terminate raises; Dagster exports it nowhere else
 
 DENSITIES, REWARD_MODELS, POLICIES = "densityrm/densities", "densityrm/reward-models", "densityrm/policies"
@@ -106,6 +107,10 @@ class MirroredRun:
 
     def artifact(self, path: Path) -> None:
         self.attempt(lambda: self.client.log_artifact(self.run_id, str(path)))
+
+    def table(self, name: str, frame: pl.DataFrame) -> None:
+        """Keep a frame as a table that MLflow's interface shows, beside those of other runs."""
+        self.attempt(lambda: self.client.log_table(self.run_id, frame.to_dict(as_series=False), f"{name}.json"))
 
     def flush(self) -> None:
         points, self._points, self._flushed = self._points, [], time.monotonic()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+import polars as pl
 
 from densityrm_core import plots
 from densityrm_core.experiment import Experiment
@@ -66,6 +67,11 @@ class Training:
             "curves": plot(plots.curves(frame, curves, f"{self._unit} seen")),
             **self._mirror.metadata(),
         }
+
+    def keep(self, folder: Path, name: str, frame: pl.DataFrame) -> None:
+        """A table of the training: a Parquet file beside the model, and one that MLflow shows."""
+        frame.write_parquet(folder / f"{name}.parquet")
+        self._mirror.table(name, frame)
 
     def register(self, folder: Path) -> dict[str, Any]:
         """Make the finished reward model a version in MLflow's registry; what the report card says of it."""

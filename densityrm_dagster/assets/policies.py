@@ -18,6 +18,8 @@ from densityrm_dagster.launch import chosen, launch_config
 from densityrm_dagster.metadata import folder_output
 from densityrm_dagster.mlflow_resource import POLICIES, MLflowTracker
 from densityrm_dagster.partitions import seed_of, seed_partitions
+from densityrm_dagster.policy_card import before_and_after
+from densityrm_dagster.rm_card import settings_table
 from densityrm_dagster.tracking import tracked
 
 
@@ -76,13 +78,13 @@ def _policy(arm: Arm, experiment: Experiment) -> dg.AssetsDefinition:
             watched = held_out_prompts(preference_pairs, density_weights, settings.evaluation_prompts, "validation")
             task = PolicyTask(base_model, reward_model, asked, watched, settings, seed, experiment.sampling, experiment.compute)
             trained = train_policy(task, training.watch)
-            how_it_went = trained.how_it_went
-            card = {"settings": settings.model_dump(mode="json"), "seed": seed, **sampling, **how_it_went, **trained.scale.card}
+            card = {"settings": settings.model_dump(mode="json"), "seed": seed, **sampling, **trained.card}
             save_model(trained.model, trained.codec, folder, card)
-            trained.completions.write_parquet(folder / "completions.parquet")
-            final = {metric: training.watch.last(metric) for metric in ("reward/mean", "eval/reward", "eval/kl", "train/loss")}
-            shown = training.finish(folder, final, ["reward/mean", "eval/reward", "eval/kl"])
-        yield folder_output(folder, {**shown, **how_it_went, "training_prompts": asked.height})
+            training.keep(folder, "completions", trained.completions)
+            shown = training.finish(folder, trained.metrics, ["reward/mean", "eval/reward", "eval/kl"])
+        shown |= {"training_prompts": asked.height, "settings": settings_table(settings)}
+        shown |= {**trained.how_it_went, **before_and_after(trained.completions, trained.kept_step)}
+        yield folder_output(folder, shown)
         losses = training.watch.frame().filter(pl.col("metric") == "train/loss")["value"]
         yield dg.AssetCheckResult(
             check_name="losses_finite", passed=bool(losses.is_finite().all()), metadata={"points": len(losses)}

@@ -210,3 +210,31 @@ def test_blocks_for_gpus_compute_what_spans_do(name: str):
         spans, flex = hidden_states(model, given), hidden_states(model, blocks)
         assert flex.numpy() == pytest.approx(spans.numpy(), abs=1e-5)
         assert rewards(model, blocks).numpy() == pytest.approx(rewards(model, given).numpy(), abs=1e-5)
+
+
+@MODELS
+def test_a_large_groups_branches_apart_are_the_padded_computation_too(name: str):
+    """Log-probabilities and gradients, with groups of one call for each branch between groups that share one."""
+    draw = torch.Generator().manual_seed(2)
+    large = [
+        ([5, 6, 7] * 9, [torch.randint(1, 120, (n,), generator=draw).tolist() for n in (30, 7, 41, 1, 30)]),
+        ([4], [[5], [6]]),
+    ]
+    given = [*groups(2), *large, *groups(1, 3)]
+    model = language_model(name)
+    batch = pack(given)
+    assert sum(prompt is not None for prompt in batch.layout.prompts) >= 4
+    ids, real = rows_of(given)
+    scores = model(input_ids=ids, attention_mask=real).logits.log_softmax(-1)
+    starts = [(len(prompt), len(branch)) for prompt, branches in given for branch in branches]
+    plain = torch.cat(
+        [
+            scores[row, start - 1 : start + length - 1].gather(-1, ids[row, start : start + length, None]).squeeze(-1)
+            for row, (start, length) in enumerate(starts)
+        ]
+    )
+    packed = log_probs(model, batch)
+    assert packed.detach().numpy() == pytest.approx(plain.detach().numpy(), abs=1e-5)
+    weight = torch.randn(len(plain), generator=draw)
+    expected, shared = gradient(model, (plain * weight).sum()), gradient(model, (log_probs(model, batch) * weight).sum())
+    assert (shared - expected).norm() / expected.norm() < 1e-5
