@@ -7,7 +7,7 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +42,15 @@ class Picture:
 
 
 Block = Text | Grid | Picture
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report: its blocks, the same numbers as a table, and its figures by file name."""
+
+    blocks: tuple[Block, ...]
+    table: dict[str, Any]
+    figures: dict[str, bytes] = field(default_factory=dict[str, bytes])
 
 
 @dataclass(frozen=True)

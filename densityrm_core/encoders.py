@@ -50,6 +50,11 @@ def load_encoder(settings: EmbeddingSettings, threads: int = 2, device: str = "c
         raise not_to_be_had(settings.model, error) from error
 
 
+def encoder_of_texts(settings: EmbeddingSettings, threads: int = 2, device: str = "cpu") -> Encoder | None:
+    """`load_encoder`, or None where vectors come from a file, and no further text can be embedded."""
+    return None if split_kind(settings.model)[0] == "parquet" else load_encoder(settings, threads, device)
+
+
 def dtype_of(settings: EmbeddingSettings, device: str) -> str:
     """The precision of the encoder's weights: as set, or what the hardware is fast at."""
     if settings.dtype != "auto":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -33,11 +33,11 @@ def nothing(title: str, reason: str = "nothing to show yet") -> bytes:
     return png(figure)
 
 
-def blank(width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
+def blank(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """An empty figure, in inches; without a layout, its plots are placed by hand."""
     from matplotlib.figure import Figure  # takes half a second to import, and most importers of this module draw nothing
 
-    return Figure(figsize=(width, height), facecolor="white", layout="constrained")
+    return Figure(figsize=(width, height), facecolor="white", layout=layout)
 
 
 def style(ax: Axes) -> Axes:

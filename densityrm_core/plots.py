@@ -8,14 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from densityrm_core.figures import BLUE, GREEN, GREY, PURPLE, VERMILLION, blank, error_bars, nothing, png, style, titled
-from densityrm_core.statistics import bootstrap_column
+from densityrm_core.figures import BLUE, GREY, blank, nothing, png, style, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_POLICY_COLORS = {"base": GREY, "a": BLUE, "b": VERMILLION, "c": GREEN, "d": PURPLE}
-_MARKERS = {"base": "s", "a": "o", "b": "^", "c": "D", "d": "v"}
 
 
 def weight_histogram(weights: pl.DataFrame) -> bytes:
@@ -106,66 +102,6 @@ def curves(metrics: pl.DataFrame, names: Sequence[str], x_label: str) -> bytes:
     return png(figure)
 
 
-def policy_rewards(policy_evaluation: pl.DataFrame, resamples: int = 2000) -> bytes:
-    """Judge reward of the sampled completions per arm, with 95 % intervals. Reads POLICY_EVALUATION."""
-    rewards = {
-        str(policy): bootstrap_column(frame, "judge_reward", resamples)
-        for (policy,), frame in _sampled(policy_evaluation).sort("policy").partition_by("policy", as_dict=True).items()
-    }
-    base, arms = rewards.get("base"), [p for p in rewards if p != "base"]
-    if not rewards:
-        return nothing("Judge reward")
-    best = max(rewards, key=lambda p: rewards[p].mean)
-    title = f"Highest judge reward: {_name(best)}, {rewards[best].mean:.3g}"
-    if base and best != "base":
-        title += f" ({rewards[best].mean - base.mean:+.3g} against base)"
-    figure, ax = titled(title)
-    if base:
-        ax.axhline(base.mean, color=GREY, linestyle="--", linewidth=1.5, label="base policy")
-        if np.isfinite(base.high - base.low):
-            ax.axhspan(base.low, base.high, color=GREY, alpha=0.15, linewidth=0)
-        ax.legend(frameon=False, loc="best")
-    for i, arm in enumerate(arms):
-        reward = rewards[arm]
-        error_bars(ax, [i], [[reward.mean], [reward.low], [reward.high]], _POLICY_COLORS[arm], _MARKERS[arm])
-    ax.set_xticks(range(len(arms)), [_DESCRIPTIONS[arm] for arm in arms])
-    ax.set_xlim(-0.5, max(len(arms), 1) - 0.5)
-    ax.set_ylabel("judge reward, 95 % interval")
-    return png(figure)
-
-
-def reward_against_kl(policy_evaluation: pl.DataFrame) -> bytes:
-    """Judge reward against the distance from the base policy, one point per arm and seed. Reads POLICY_EVALUATION.
-
-    The x axis is sqrt(KL), in which reward rises about linearly while it is not over-optimised [Gao et al. 2023].
-    """
-    means = _sampled(policy_evaluation).group_by("policy", "seed").agg(pl.col("judge_reward", "kl").mean()).sort("policy", "seed")
-    arms = means.filter(pl.col("policy") != "base")
-    if arms.is_empty():
-        return nothing("Judge reward against KL")
-    best = arms.sort("judge_reward").row(-1, named=True)
-    figure, ax = titled(
-        f"Highest judge reward: {_name(best['policy'])}, seed {best['seed']}, {best['judge_reward']:.3g} at {best['kl']:.2g} nats"
-    )
-    for (policy,), frame in means.partition_by("policy", as_dict=True).items():
-        x = np.sqrt(np.maximum(frame["kl"].to_numpy(), 0))
-        color, marker = _POLICY_COLORS[str(policy)], _MARKERS[str(policy)]
-        ax.scatter(x, frame["judge_reward"], s=50, color=color, marker=marker, label=_name(str(policy)), zorder=3)
-    ax.set_xlim(left=-0.03 * float(np.sqrt(max(arms["kl"].to_numpy().max(), 1e-6))))
-    ax.set_xlabel("square root of KL(policy || base) per reply (nats$^{1/2}$)")
-    ax.set_ylabel("judge reward, mean of a seed")
-    ax.legend(frameon=False)
-    return png(figure)
-
-
-_DESCRIPTIONS = {
-    "a": "arm A\nuniform RM,\nuniform prompts",
-    "b": "arm B\ndensity RM,\nuniform prompts",
-    "c": "arm C\nuniform RM,\ndensity prompts",
-    "d": "arm D\ndensity RM,\ndensity prompts",
-}
-
-
 def _plain_ticks(ax: Axes, low: float, high: float) -> None:
     from matplotlib.ticker import NullLocator
 
@@ -176,11 +112,3 @@ def _plain_ticks(ax: Axes, low: float, high: float) -> None:
 
 def _training_weights(weights: pl.DataFrame) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     return weights["weight"].drop_nulls().to_numpy()
-
-
-def _sampled(policy_evaluation: pl.DataFrame) -> pl.DataFrame:
-    return policy_evaluation.filter(pl.col("sample") > 0)
-
-
-def _name(policy: str) -> str:
-    return "base policy" if policy == "base" else f"arm {policy.upper()}"

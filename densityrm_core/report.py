@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
-from densityrm_core import plots
-from densityrm_core.document import Block, Grid, Picture, Report, Text, finite
+from densityrm_core.arms import BEST_OF
+from densityrm_core.document import Report, Text, finite
 from densityrm_core.experiment import Experiment
+from densityrm_core.policy_section import policy_section
 from densityrm_core.rm_section import reward_model_section
 from densityrm_core.statistics import (
-    STRATA,
     Hypothesis,
-    Interval,
     Verdict,
-    bootstrap_column,
-    bootstrap_strata,
-    pair_policies,
     policy_hypothesis,
     reply_means,
     reward_model_hypothesis,
-    reward_spec,
 )
 
-_ARMS = {"base": "base", "a": "A: neither", "b": "B: RM", "c": "C: prompts", "d": "D: both"}
+
+class ReportError(ValueError):
+    """The tables do not belong together; the message says which partition is missing and what to do."""
 
 
-def build_report(experiment: Experiment, rm: pl.DataFrame, policies: pl.DataFrame, notes: Sequence[str] = ()) -> Report:
-    """Answer the question of the experiment from RM_EVALUATION and POLICY_EVALUATION rows.
+@dataclass(frozen=True)
+class PolicyResults:
+    """What is known of policies: rows of POLICY_EVALUATION, and of POLICY_CURVES and POLICY_DIVERSITY for the same seeds."""
+
+    evaluation: pl.DataFrame
+    curves: pl.DataFrame
+    diversity: pl.DataFrame
+
+
+def build_report(experiment: Experiment, rm: pl.DataFrame, policies: PolicyResults, notes: Sequence[str] = ()) -> Report:
+    """Answer the question of the experiment from rows of RM_EVALUATION and of what is known of policies.
 
     H1: accuracy of rm_density - rm_uniform on the rare quartile, paired by seed and test pair.
     H2: judge reward of arm B - arm A over the sampled completions, paired by seed and prompt.
@@ -39,56 +46,71 @@ def build_report(experiment: Experiment, rm: pl.DataFrame, policies: pl.DataFram
         experiment: rows of other fingerprints or of seeds it does not list are left out, and the report says so.
         rm, policies: either may be empty, lack seeds or lack arms.
         notes: sentences to print among the remarks.
+
+    Raises:
+        ReportError: a seed's policies were evaluated, but their curves or their diversity are missing.
     """
     remarks = list(notes)
     rm = _own_rows(rm, experiment, "reward-model", remarks)
-    policies = _own_rows(policies, experiment, "policy", remarks)
-    remarks += _missing(experiment, rm, policies)
-    cells = reply_means(policies)
+    found = _own_rows(policies.evaluation, experiment, "policy", remarks)
+    curves, diversity = (_own_rows(frame, experiment) for frame in (policies.curves, policies.diversity))
+    _refuse_incomplete(found, curves, diversity)
+    remarks += _missing(experiment, rm, found)
+    cells = reply_means(found)
 
     claim, n = experiment.evaluation.claim, experiment.evaluation.bootstrap
     h1, h2 = reward_model_hypothesis(rm, claim, n), policy_hypothesis(cells, claim, n)
     overall = _overall(h1, h2)
-    section, arms, differences = reward_model_section(rm, n), _arms(policies, cells, n), _differences(cells, n)
-    sizes = _sizes(rm, policies)
+    of_rm, of_policies = reward_model_section(rm, n), policy_section(found, curves, diversity, n)
+    sizes = _sizes(rm, found)
     table = {
         "experiment": experiment.name,
         "fingerprint": experiment.fingerprint,
         "seeds": list(experiment.seeds),
         "verdict": overall,
-        "reward_model": {**vars(h1), **section.table},
-        "policy": {**vars(h2), "arms": arms, "differences": differences},
+        "reward_model": {**vars(h1), **of_rm.table},
+        "policy": {**vars(h2), **of_policies.table},
         "sizes": sizes,
         "remarks": remarks,
     }
-    figures = dict(section.figures)
-    if len(cells):
-        figures["policy_rewards.png"] = plots.policy_rewards(policies, n)
-        figures["reward_against_kl.png"] = plots.reward_against_kl(policies)
     blocks = (
         Text("Does sampling by 1/density help?", heading=1),
         Text(_answer(overall, h1.verdict, h2.verdict)),
         Text(h1.sentence),
         Text(h2.sentence),
-        *section.blocks,
-        *_policy_blocks(arms, differences, figures),
+        *of_rm.blocks,
+        *of_policies.blocks,
         Text("What this rests on", heading=2),
         Text(_basis(experiment, sizes)),
         *(Text(f"- {remark}") for remark in remarks),
         Text(_limits(experiment, sizes)),
     )
-    return Report(blocks, finite(table), figures)
+    return Report(blocks, finite(table), {**of_rm.figures, **of_policies.figures})
 
 
-def _own_rows(frame: pl.DataFrame, experiment: Experiment, kind: str, remarks: list[str]) -> pl.DataFrame:
+def _own_rows(frame: pl.DataFrame, experiment: Experiment, kind: str = "", remarks: list[str] | None = None) -> pl.DataFrame:
     """The rows of this experiment; what is left out is told in `remarks`."""
     own = frame.filter(pl.col("fingerprint") == experiment.fingerprint)
+    if remarks is None:
+        return own.filter(pl.col("seed").is_in(experiment.seeds))
     if foreign := len(frame) - len(own):
         remarks.append(f"{foreign:,} {kind} rows were left out: they come from other settings (another fingerprint).")
     listed = own.filter(pl.col("seed").is_in(experiment.seeds))
     if extra := sorted(set(own["seed"]) - set(experiment.seeds)):
         remarks.append(f"{kind} rows of seeds that the experiment does not list were left out: {_list(extra)}.")
     return listed
+
+
+def _refuse_incomplete(evaluation: pl.DataFrame, curves: pl.DataFrame, diversity: pl.DataFrame) -> None:
+    """Every trained policy of every seed has a curve, every policy but those picked by a reward model has a diversity."""
+    own = evaluation.select("seed", "policy").unique().filter(~pl.col("policy").str.starts_with(BEST_OF)).sort("seed", "policy")
+    wanted = {"policy_curves": (curves, own.filter(pl.col("policy") != "base")), "policy_diversity": (diversity, own)}
+    for name, (frame, policies) in wanted.items():
+        for seed, policy in policies.join(frame, on=["seed", "policy"], how="anti", maintain_order="left").iter_rows():
+            raise ReportError(
+                f"{name} has no rows of policy {policy}, seed {seed}, that go with its evaluation: materialize {name} "
+                f"for partition {seed} again, or the grpo_* assets of that partition if they are older"
+            )
 
 
 def _missing(experiment: Experiment, rm: pl.DataFrame, policies: pl.DataFrame) -> list[str]:
@@ -116,35 +138,6 @@ def _overall(h1: Hypothesis, h2: Hypothesis) -> Verdict:
     return "refuted" if "refuted" in verdicts else "undecided"
 
 
-def _arms(policies: pl.DataFrame, cells: pl.DataFrame, n: int) -> dict[str, dict[str, Any]]:
-    arms: dict[str, dict[str, Any]] = {}
-    for policy in _ARMS:
-        own, change = cells.filter(pl.col("policy") == policy), pair_policies(cells, policy, "base")
-        greedy = policies.filter((pl.col("policy") == policy) & (pl.col("sample") == 0))
-        if len(own):
-            arms[policy] = {
-                "judge_reward": bootstrap_column(own, "judge_reward", n),
-                "change": bootstrap_column(change, "difference", n) if policy != "base" and len(change) else None,
-                "greedy": _mean(greedy, "judge_reward"),
-                "own_reward": _mean(own, "own_reward"),
-                "kl": _mean(own, "kl"),
-                "tokens": _mean(own, "tokens"),
-                "seeds": sorted(set(own["seed"])),
-            }
-    return arms
-
-
-def _mean(frame: pl.DataFrame, column: str) -> float | None:
-    """Mean over seeds of the mean over rows; None where there is nothing to average."""
-    by_seed = frame.drop_nulls(column).group_by("seed").agg(pl.col(column).mean()).sort("seed")[column].to_list()
-    return sum(by_seed) / len(by_seed) if by_seed else None
-
-
-def _differences(cells: pl.DataFrame, n: int) -> dict[str, dict[str, Interval | None]]:
-    pairs = {f"{arm}-a": pair_policies(cells, arm, "a") for arm in "bcd"}
-    return {name: bootstrap_strata(rows, "difference", n) for name, rows in pairs.items() if len(rows)}
-
-
 def _sizes(rm: pl.DataFrame, policies: pl.DataFrame) -> dict[str, Any]:
     rm = rm.filter(pl.col("set") == "test")
     return {
@@ -160,39 +153,6 @@ def _sizes(rm: pl.DataFrame, policies: pl.DataFrame) -> dict[str, Any]:
             "samples": policies.filter(pl.col("sample") > 0)["sample"].n_unique(),
         },
     }
-
-
-def _policy_blocks(
-    arms: dict[str, dict[str, Any]], differences: dict[str, dict[str, Interval | None]], figures: dict[str, bytes]
-) -> tuple[Block, ...]:
-    if not arms:
-        return (Text("Policies", 2), Text("No policy has been evaluated yet."))
-    spec = reward_spec(*(a["judge_reward"].mean for a in arms.values()))
-    rows = [
-        (_ARMS[p], _show(a["judge_reward"], spec), _show(a["change"], "+" + spec), _show(a["greedy"], spec),
-         _show(a["own_reward"], ".2f"), _show(a["kl"], ".2f"), _show(a["tokens"], ".1f"), str(len(a["seeds"])))
-        for p, a in arms.items()
-    ]  # fmt: skip
-    header = ("1/density in", "judge reward [95 %]", "against base [95 %]", "greedy", "own RM", "KL, nats", "tokens", "seeds")
-    square = Grid(
-        ("judge reward", "prompts uniform", "prompts by 1/density"),
-        tuple(
-            (rm, *(f"{p.upper()}: {_show(arms[p]['judge_reward'], spec)}" if p in arms else f"{p.upper()}: -" for p in pair))
-            for rm, pair in {"RM uniform": "ac", "RM by 1/density": "bd"}.items()
-        ),
-    )
-    paired = tuple((k.upper().replace("-", " - "), *(_show(i, "+" + spec) for i in d.values())) for k, d in differences.items())
-    return (
-        Text("Policies", 2),
-        square,
-        Grid(header, tuple(rows)),
-        *([Grid(("judge reward, paired [95 %]", *STRATA), paired)] if paired else []),
-        *_pictures(figures, {"policy_rewards.png": "Judge reward per arm", "reward_against_kl.png": "Judge reward against KL"}),
-    )
-
-
-def _pictures(figures: dict[str, bytes], captions: dict[str, str]) -> list[Picture]:
-    return [Picture(name, caption) for name, caption in captions.items() if name in figures]
 
 
 def _answer(overall: Verdict, h1: Verdict, h2: Verdict) -> str:
@@ -219,8 +179,9 @@ def _limits(experiment: Experiment, sizes: dict[str, Any]) -> str:
     judge = "the planted rule" if experiment.judge.kind == "planted" else "one reward model, trained on its own split"
     return (
         f"Limits: with {_count(seeds, 'seed')} the intervals miss part of the difference between training runs and are "
-        f"optimistic. The judge is {judge}. Arms are compared where training ended, not at equal KL. The two hypotheses are not "
-        "corrected for each other. The verdict holds for these models and data only."
+        f"optimistic. The judge is {judge}. The verdict on policies compares arms where training ended; the table at equal KL "
+        "compares them where they are equally far from the base policy. The two hypotheses are not corrected for each other. "
+        "The verdict holds for these models and data only."
     )
 
 
@@ -234,7 +195,3 @@ def _list(numbers: Sequence[int]) -> str:
 
 def _arm(policy: str) -> str:
     return f"arm {policy.upper()}"
-
-
-def _show(value: Interval | float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import polars as pl
 
 from densityrm_core import rm_plots, rm_tables
 from densityrm_core.bootstrap import Interval
-from densityrm_core.document import Block, Grid, Picture, Text
+from densityrm_core.document import Grid, Picture, Section, Text
 from densityrm_core.rm_comparison import agreement, measure_sets
 from densityrm_core.rm_metrics import METRICS, measure, reliability
 from densityrm_core.rm_rows import NAMES, interval_of, models_of
@@ -24,15 +21,6 @@ _BASELINES = (
     "Longer and shorter reply pick by length alone; bag of words is a logistic regression on the words of the two replies, "
     "fitted on the training split. A reward model that does not beat them has learned nothing of prompts."
 )
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report: its blocks, the same numbers as a table, and its figures by file name."""
-
-    blocks: tuple[Block, ...]
-    table: dict[str, Any]
-    figures: dict[str, bytes] = field(default_factory=dict)
 
 
 def reward_model_section(rm: pl.DataFrame, n: int) -> Section:

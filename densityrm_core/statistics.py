@@ -43,7 +43,7 @@ def bootstrap_strata(frame: pl.DataFrame, column: str, n: int) -> dict[str, Inte
 def reply_means(policies: pl.DataFrame) -> pl.DataFrame:
     """Means over the sampled completions of a prompt: one row a seed, policy and prompt."""
     keys = ("seed", "policy", "prompt_id", "quartile")
-    means = pl.col("judge_reward", "own_reward", "kl", "tokens").mean()
+    means = pl.col("judge_reward", "own_reward", "kl", "tokens", "entropy").mean()
     return policies.filter(pl.col("sample") > 0).sort(*keys, "sample").group_by(*keys).agg(means).sort(keys)
 
 

@@ -201,12 +201,18 @@ RM_EVALUATION = Table(
     ),
 )
 
+_FINGERPRINT = Column("fingerprint", pl.String(), "hash of the experiment that made this row")
+_POLICY_KL = Column("kl", pl.Float64(), "log pi(y|x) - log pi_base(y|x), summed over the reply, in nats")
+_TOKENS = Column("tokens", pl.Int64(), "length of the reply in tokens, end-of-sequence included")
+
 POLICY_EVALUATION = Table(
     "policy_evaluation",
-    "what each policy writes for every held-out prompt, and what the judge says of it",
+    "what each policy writes for every held-out prompt, and what the judge and both reward models say of it",
     (
         _SEED,
-        Column("policy", pl.String(), "base, a, b, c or d"),
+        Column(
+            "policy", pl.String(), "base, a, b, c or d, or best_of_<n>_uniform, best_of_<n>_density: picked by a reward model"
+        ),
         _PROMPT_ID,
         _DECILE,
         _QUARTILE,
@@ -216,12 +222,17 @@ POLICY_EVALUATION = Table(
         Column(
             "own_reward",
             pl.Float64(),
-            "standardised reward by the reward model the arm trained on; null for the base policy",
+            "standardised reward by the reward model the policy was trained on or picked by; null for the base policy",
             True,
         ),
-        Column("kl", pl.Float64(), "log pi(y|x) - log pi_base(y|x), summed over the reply, in nats"),
-        Column("tokens", pl.Int64(), "length of the reply in tokens, end-of-sequence included"),
-        Column("fingerprint", pl.String(), "hash of the experiment that made this row"),
+        Column("rm_uniform_reward", pl.Float64(), "reward by rm_uniform, in standard deviations of its validation rewards"),
+        Column("rm_density_reward", pl.Float64(), "reward by rm_density, in standard deviations of its validation rewards"),
+        replace(_POLICY_KL, meaning=_POLICY_KL.meaning + ", before top-k and top-p; of a best-of-n row its upper bound"),
+        Column(
+            "entropy", pl.Float64(), "mean entropy of the distributions its tokens were drawn from, before top-k and top-p, nats"
+        ),
+        _TOKENS,
+        _FINGERPRINT,
     ),
 )
 
@@ -237,8 +248,45 @@ POLICY_COMPLETIONS = Table(
         replace(_QUARTILE, nullable=True),
         Column("completion", pl.String(), "the sampled reply"),
         Column("own_reward", pl.Float64(), "standardised reward by the reward model that the arm is trained on"),
-        Column("kl", pl.Float64(), "log pi(y|x) - log pi_base(y|x), summed over the reply, in nats"),
-        Column("tokens", pl.Int64(), "length of the reply in tokens, end-of-sequence included"),
+        _POLICY_KL,
+        _TOKENS,
+    ),
+)
+
+POLICY_CURVES = Table(
+    "policy_curves",
+    "how far each policy had gone from the base policy at each step of its training, and what the judge says of it there",
+    (
+        _SEED,
+        Column("policy", pl.String(), "a, b, c or d"),
+        Column("step", pl.Int64(), "optimizer step; 0 is before training"),
+        _PROMPT_ID,
+        replace(_DECILE, nullable=True),
+        replace(_QUARTILE, nullable=True),
+        _POLICY_KL,
+        Column("own_reward", pl.Float64(), "standardised reward by the reward model the policy is trained on"),
+        Column("judge_reward", pl.Float64(), "reward by the judge, in the judge's units; no training saw it"),
+        _TOKENS,
+        _FINGERPRINT,
+    ),
+)
+
+POLICY_DIVERSITY = Table(
+    "policy_diversity",
+    "how different a policy's sampled replies are, within a prompt and across prompts",
+    (
+        _SEED,
+        Column("policy", pl.String(), "base, a, b, c or d"),
+        _PROMPT_ID,
+        _DECILE,
+        _QUARTILE,
+        Column("distinct_1", pl.Float64(), "different words / words, over the prompt's replies; null without words", True),
+        Column("distinct_2", pl.Float64(), "different pairs of adjacent words / pairs; null without pairs", True),
+        Column("self_bleu", pl.Float64(), "mean BLEU-4 of a reply against its siblings, 1 if all are equal; null for one", True),
+        Column("spread", pl.Float64(), "mean cosine distance between two replies to the prompt; null for one reply", True),
+        Column("spread_across", pl.Float64(), "mean cosine distance to the policy's replies to other prompts", True),
+        Column("entropy", pl.Float64(), "mean entropy of the distributions the replies' tokens were drawn from, nats"),
+        _FINGERPRINT,
     ),
 )
 

@@ -81,5 +81,5 @@ def weekly_schedule(experiment: Experiment, job: UnresolvedAssetJobDefinition) -
 def per_seed_assets(experiment: Experiment) -> list[dg.AssetKey]:
     """What a further seed adds to an experiment whose data are prepared."""
     arms = [f"grpo_{arm}" for arm in experiment.arms]
-    names = ["rm_uniform", "rm_density", *arms, "rm_evaluation", "policy_evaluation", "hypothesis_report"]
-    return [dg.AssetKey(name) for name in names]
+    evaluated = ["rm_evaluation", "policy_evaluation", "policy_curves", "policy_diversity", "hypothesis_report"]
+    return [dg.AssetKey(name) for name in ["rm_uniform", "rm_density", *arms, *evaluated]]

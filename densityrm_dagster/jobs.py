@@ -9,7 +9,8 @@ from densityrm_core.experiment import Experiment
 def build_jobs(experiment: Experiment) -> dict[str, UnresolvedAssetJobDefinition]:
     """prepare_data, train_reward_models, train_policies and run_experiment, by name."""
     groups = dg.AssetSelection.groups
-    policies = dg.AssetSelection.assets(*(f"grpo_{arm}" for arm in experiment.arms), "policy_evaluation")
+    evaluated = ("policy_evaluation", "policy_curves", "policy_diversity")
+    policies = dg.AssetSelection.assets(*(f"grpo_{arm}" for arm in experiment.arms), *evaluated)
     return {
         job.name: job
         for job in (

@@ -7,8 +7,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from densityrm_core import plots, tables
-from densityrm_core.arms import ARMS
+from densityrm_core import tables
 from densityrm_core.experiment import Experiment
 from densityrm_core.settings import Settings
 from densityrm_dagster.assets import OWNERS
@@ -16,7 +15,7 @@ from densityrm_dagster.automation import on_new_content
 from densityrm_dagster.failures import clear_failures
 from densityrm_dagster.freshness import version
 from densityrm_dagster.io_managers import TABLE, FolderIOManager
-from densityrm_dagster.metadata import folder_output, markdown_table, plot, same_columns, table_output
+from densityrm_dagster.metadata import folder_output, same_columns, table_output
 from densityrm_dagster.partitions import seed_of, seed_partitions
 from densityrm_dagster.tracking import set_up_torch
 
@@ -27,7 +26,8 @@ _REWARD_MODELS = ("rm_uniform", "rm_density")
 
 def evaluation_assets(experiment: Experiment, downloads: Path) -> list[dg.AssetsDefinition]:
     """The assets of this group; sets from the hub are kept under `downloads`."""
-    return [_rm_evaluation(experiment, downloads), _policy_evaluation(experiment), _hypothesis_report(experiment)]
+    of_policies = [build(experiment) for build in (_policy_evaluation, _policy_curves, _policy_diversity)]
+    return [_rm_evaluation(experiment, downloads), *of_policies, _hypothesis_report(experiment)]
 
 
 def _rm_evaluation(experiment: Experiment, downloads: Path) -> dg.AssetsDefinition:
@@ -79,17 +79,14 @@ def _rm_evaluation(experiment: Experiment, downloads: Path) -> dg.AssetsDefiniti
 
 
 def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
-    folders = ("base_model", "rm_judge", *_REWARD_MODELS, *(f"grpo_{arm}" for arm in experiment.arms))
-
     @dg.asset(
         **_COMMON,
         kinds={"pytorch", "parquet"},
         io_manager_key="tables",
-        code_version=version(1, experiment.fingerprint, *experiment.arms),
+        code_version=version(2, experiment.fingerprint, *experiment.arms),
         metadata={TABLE: tables.POLICY_EVALUATION.name},
         partitions_def=seed_partitions(experiment),
-        ins={name: _TABLES[name] for name in ("preference_pairs", "density_weights")}
-        | {name: dg.AssetIn(input_manager_key="folders") for name in folders},
+        ins={name: _TABLES[name] for name in ("preference_pairs", "density_weights")} | _folders(experiment),
     )
     def policy_evaluation(
         context: dg.AssetExecutionContext,
@@ -98,61 +95,127 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
         experiment: dg.ResourceParam[Experiment],
         **folder: Path,
     ) -> dg.Output[pl.DataFrame]:
-        """Replies of the base policy and of every arm to the same held-out prompts, and the judge's reward of each."""
-        from densityrm_core.evaluation import OwnReward, PolicyExam, evaluate_policy, held_out_prompts, with_key
+        """Replies of the base policy and of every arm to the same held-out prompts, with the judge's and both models' rewards."""
+        from densityrm_core.evaluation import evaluate_policies, held_out_prompts, open_exam, with_key
         from densityrm_core.judge import load_judge
         from densityrm_core.models import pick_device
-        from densityrm_core.rewarder import RewardScale, scale_of
+        from densityrm_dagster.policy_evaluation_card import evaluation_card
 
         set_up_torch(experiment.compute)
-        device = pick_device(experiment.compute.device)
+        device, settings = pick_device(experiment.compute.device), (experiment.evaluation, experiment.grpo)
         asked = held_out_prompts(preference_pairs, density_weights, experiment.evaluation.prompts)
-        made_by: dict[Path, Settings] = {folder["base_model"]: experiment.base_model}
-        made_by |= {folder[name]: experiment.reward_model for name in _REWARD_MODELS}
-        made_by |= {folder[f"grpo_{arm}"]: experiment.grpo for arm in experiment.arms}
-        key: dict[str, Any] = {"seed": seed_of(context), "fingerprint": _fingerprint(context, experiment, made_by)}
         with clear_failures():
-            judge = load_judge(folder["rm_judge"], device)
-            exam = PolicyExam(
-                folder["base_model"], asked, judge, experiment.evaluation, experiment.grpo, seed_of(context), device
-            )
-            answers = {"base": evaluate_policy(folder["base_model"], None, exam)}
-            for arm in experiment.arms:
-                policy = folder[f"grpo_{arm}"]
-                own = OwnReward(folder[ARMS[arm].reward_model], scale_of(policy) or RewardScale(0.0, 1.0))
-                answers[arm] = evaluate_policy(policy, own, exam)
-                context.log.info(f"arm {arm.upper()} has answered {asked.height} held-out prompts")
+            reward_models, judge = {name: folder[name] for name in _REWARD_MODELS}, load_judge(folder["rm_judge"], device)
+            exam = open_exam(folder["base_model"], reward_models, asked, judge, settings, seed_of(context), device)
+            answers = evaluate_policies({arm: folder[f"grpo_{arm}"] for arm in experiment.arms}, exam, context.log.info)
+        key = _key(context, experiment, folder)
         rows = pl.concat(with_key(frame, tables.POLICY_EVALUATION, policy=name, **key) for name, frame in answers.items())
         lineage = same_columns("density_weights", "decile", "quartile") | same_columns("preference_pairs", "prompt_id")
-        card = {
-            "summary": dg.MetadataValue.md(markdown_table(_policies(rows))),
-            "rewards": plot(plots.policy_rewards(rows)),
-            "examples": dg.MetadataValue.md(_examples(rows, preference_pairs)),
-        }
+        card = evaluation_card(rows, preference_pairs, experiment.evaluation.bootstrap)
         return table_output(rows, tables.POLICY_EVALUATION, lineage, card)
 
     return policy_evaluation
 
 
-def _hypothesis_report(experiment: Experiment) -> dg.AssetsDefinition:
+def _policy_curves(experiment: Experiment) -> dg.AssetsDefinition:
     @dg.asset(
         **_COMMON,
-        code_version=version(2, experiment.fingerprint),
+        kinds={"pytorch", "parquet"},
+        io_manager_key="tables",
+        code_version=version(1, experiment.fingerprint, *experiment.arms),
+        metadata={TABLE: tables.POLICY_CURVES.name},
+        partitions_def=seed_partitions(experiment),
+        ins={"preference_pairs": _TABLES["preference_pairs"]} | _folders(experiment),
+    )
+    def policy_curves(
+        context: dg.AssetExecutionContext,
+        preference_pairs: pl.LazyFrame,
+        experiment: dg.ResourceParam[Experiment],
+        **folder: Path,
+    ) -> dg.Output[pl.DataFrame]:
+        """The judge's reward of what every arm answered while it was trained, beside its KL from the base policy."""
+        from densityrm_core.evaluation import with_key
+        from densityrm_core.judge import load_judge
+        from densityrm_core.models import pick_device
+        from densityrm_core.policy_curves import judged_curve
+        from densityrm_dagster.policy_evaluation_card import curves_card
+
+        set_up_torch(experiment.compute)
+        contexts = preference_pairs.filter(pl.col("split") == "validation").select("prompt_id", "context").collect()
+        with clear_failures():
+            judge = load_judge(folder["rm_judge"], pick_device(experiment.compute.device))
+            curves = {arm: judged_curve(folder[f"grpo_{arm}"], contexts, judge) for arm in experiment.arms}
+        key = _key(context, experiment, folder)
+        rows = pl.concat(with_key(frame, tables.POLICY_CURVES, policy=arm, **key) for arm, frame in curves.items())
+        lineage = same_columns("preference_pairs", "prompt_id")
+        return table_output(rows, tables.POLICY_CURVES, lineage, curves_card(rows, experiment.evaluation.bootstrap))
+
+    return policy_curves
+
+
+def _policy_diversity(experiment: Experiment) -> dg.AssetsDefinition:
+    @dg.asset(
+        **_COMMON,
+        kinds={"sentence-transformers", "parquet"},
+        io_manager_key="tables",
+        code_version=version(1, experiment.embedding),
+        metadata={TABLE: tables.POLICY_DIVERSITY.name},
+        partitions_def=seed_partitions(experiment),
+        ins={"policy_evaluation": dg.AssetIn(input_manager_key="tables")},
+    )
+    def policy_diversity(
+        context: dg.AssetExecutionContext, policy_evaluation: pl.DataFrame, experiment: dg.ResourceParam[Experiment]
+    ) -> dg.Output[pl.DataFrame]:
+        """How different the sampled replies of every policy are, in words and in meaning, within a prompt and across prompts."""
+        from densityrm_core.diversity import measure_diversity
+        from densityrm_core.encoders import encoder_of_texts
+        from densityrm_core.models import pick_device
+        from densityrm_dagster.policy_evaluation_card import diversity_card
+
+        set_up_torch(experiment.compute)
+        compute = experiment.compute
+        with clear_failures():
+            encoder = encoder_of_texts(experiment.embedding, compute.search_threads, pick_device(compute.device))
+            if encoder is None:
+                context.log.warning("embedding.model is a file of vectors, which cannot embed replies: spreads are left out")
+            rows = measure_diversity(policy_evaluation, encoder.encode if encoder else None)
+        keys = ("seed", "policy", "prompt_id", "decile", "quartile", "entropy", "fingerprint")
+        lineage = same_columns("policy_evaluation", *keys) | {
+            column: [("policy_evaluation", "completion")]
+            for column in ("distinct_1", "distinct_2", "self_bleu", "spread", "spread_across")
+        }
+        card = diversity_card(policy_evaluation, rows, experiment.evaluation.bootstrap)
+        return table_output(rows, tables.POLICY_DIVERSITY, lineage, card)
+
+    return policy_diversity
+
+
+def _hypothesis_report(experiment: Experiment) -> dg.AssetsDefinition:
+    read = ("rm_evaluation", "policy_evaluation", "policy_curves", "policy_diversity")
+
+    @dg.asset(
+        **_COMMON,
+        code_version=version(3, experiment.fingerprint),
         kinds={"markdown"},
         io_manager_key="reports",
-        ins={name: dg.AssetIn(input_manager_key="tables") for name in ("rm_evaluation", "policy_evaluation")},
+        ins={name: dg.AssetIn(input_manager_key="tables") for name in read},
     )
     def hypothesis_report(
         context: dg.AssetExecutionContext,
         rm_evaluation: pl.DataFrame,
         policy_evaluation: pl.DataFrame,
+        policy_curves: pl.DataFrame,
+        policy_diversity: pl.DataFrame,
         experiment: dg.ResourceParam[Experiment],
         reports: dg.ResourceParam[FolderIOManager],
     ) -> dg.Output[Path]:
         """The verdict: does sampling by 1/density make a better reward model, and a better policy?"""
-        from densityrm_core.report import build_report
+        from densityrm_core.report import PolicyResults, build_report
 
-        report, folder = build_report(experiment, rm_evaluation, policy_evaluation), reports.stage(context)
+        policies = PolicyResults(policy_evaluation, policy_curves, policy_diversity)
+        with clear_failures():
+            report = build_report(experiment, rm_evaluation, policies)
+        folder = reports.stage(context)
         report.write(folder)
         context.log.info(f"report.md, report.json and {len(report.figures)} figures written")
         return folder_output(folder, {"report": dg.MetadataValue.md(report.embedded()), **_headline(report.table)})
@@ -168,6 +231,20 @@ def _headline(table: dict[str, Any]) -> dict[str, Any]:
     return {"verdict": table["verdict"], **sentences, **gains}
 
 
+def _folders(experiment: Experiment) -> dict[str, dg.AssetIn]:
+    """The folders of a seed that a table on policies is made from."""
+    names = ("base_model", "rm_judge", *_REWARD_MODELS, *(f"grpo_{arm}" for arm in experiment.arms))
+    return {name: dg.AssetIn(input_manager_key="folders") for name in names}
+
+
+def _key(context: dg.AssetExecutionContext, experiment: Experiment, folder: Mapping[str, Path]) -> dict[str, Any]:
+    """Seed and fingerprint of a table on policies, made from `_folders`."""
+    made_by: dict[Path, Settings] = {folder["base_model"]: experiment.base_model}
+    made_by |= {folder[name]: experiment.reward_model for name in _REWARD_MODELS}
+    made_by |= {folder[f"grpo_{arm}"]: experiment.grpo for arm in experiment.arms}
+    return {"seed": seed_of(context), "fingerprint": _fingerprint(context, experiment, made_by)}
+
+
 def _fingerprint(context: dg.AssetExecutionContext, experiment: Experiment, made_by: Mapping[Path, Settings]) -> str:
     """The experiment's fingerprint, or another one if a model was trained with settings chosen at launch: not comparable."""
     from densityrm_core.models import read_card
@@ -178,17 +255,3 @@ def _fingerprint(context: dg.AssetExecutionContext, experiment: Experiment, made
     names = ", ".join(str(folder) for folder in other)
     context.log.warning(f"trained with other settings than the experiment file's, so left out of the verdict: {names}")
     return f"{experiment.fingerprint}+launch"
-
-
-def _policies(rows: pl.DataFrame) -> pl.DataFrame:
-    sampled = rows.filter(pl.col("sample") > 0)
-    return sampled.group_by("policy", maintain_order=True).agg(pl.col("judge_reward", "own_reward", "kl", "tokens").mean())
-
-
-def _examples(rows: pl.DataFrame, pairs: pl.DataFrame) -> str:
-    """What each policy answers, greedily, to a rare and to a common prompt."""
-    greedy = rows.filter(pl.col("sample") == 0)
-    picked = pl.concat([greedy.sort("decile", "prompt_id").head(1), greedy.sort("decile", "prompt_id").tail(1)])["prompt_id"]
-    prompt = pairs.select("prompt_id", "prompt").unique("prompt_id")
-    shown = greedy.filter(pl.col("prompt_id").is_in(picked.implode())).join(prompt, on="prompt_id").sort("decile", "prompt_id")
-    return markdown_table(shown.select("prompt", "policy", "completion", "judge_reward"))

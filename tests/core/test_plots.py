@@ -7,12 +7,23 @@ import numpy as np
 import polars as pl
 import pytest
 
-from densityrm_core import plots, rm_plots
+from densityrm_core import plots, policy_metrics, policy_plots, rm_plots
 from densityrm_core.rm_metrics import measure, reliability
-from densityrm_core.tables import DENSITY_WEIGHTS, METRICS, POLICY_EVALUATION, REJECTS, RM_EVALUATION
+from densityrm_core.tables import (
+    DENSITY_WEIGHTS,
+    METRICS,
+    POLICY_CURVES,
+    POLICY_DIVERSITY,
+    POLICY_EVALUATION,
+    REJECTS,
+    RM_EVALUATION,
+)
+
+from .policy_rows import curves_of, diversity_of
 
 LIMIT = 100 * 1024
 NO_RM = measure(RM_EVALUATION.empty(), 1)
+NO_POLICIES = policy_metrics.measure(POLICY_EVALUATION.empty(), POLICY_DIVERSITY.empty(), 1)
 
 
 def weights(n: int = 5000) -> pl.DataFrame:
@@ -58,14 +69,19 @@ def rm() -> pl.DataFrame:
 
 def policies() -> pl.DataFrame:
     rng = np.random.default_rng(2)
-    gain = {"base": 0.0, "a": 0.4, "b": 0.6, "c": 0.45, "d": 0.65}
+    gain = {"base": 0.0, "a": 0.4, "b": 0.6, "c": 0.45, "d": 0.65, "best_of_16_uniform": 0.5, "best_of_16_density": 0.55}
     rows = [
-        {"seed": s, "policy": p, "prompt_id": f"{i}", "decile": 1, "quartile": 1, "sample": k, "completion": "",
+        {"seed": s, "policy": p, "prompt_id": f"{i}", "decile": i % 10 + 1, "quartile": 1, "sample": k, "completion": "",
          "judge_reward": g + 0.05 * s + rng.normal(0, 0.4), "own_reward": None if p == "base" else g, "tokens": 12,
+         "rm_uniform_reward": g + rng.normal(0, 0.4), "rm_density_reward": g + rng.normal(0, 0.4), "entropy": 2.0,
          "kl": 8 * g * g + 0.2 * s if p != "base" else 0.0, "fingerprint": "f"}
-        for s in range(3) for p, g in gain.items() for i in range(50) for k in range(2)
+        for s in range(3) for p, g in gain.items() for i in range(50) for k in range(3)
     ]  # fmt: skip
     return POLICY_EVALUATION.check(POLICY_EVALUATION.frame(rows))
+
+
+def measured() -> pl.DataFrame:
+    return policy_metrics.measure(policies(), diversity_of(policies()), 100)
 
 
 FIGURES = {
@@ -76,8 +92,10 @@ FIGURES = {
     "accuracy_by_decile": lambda: rm_plots.accuracy_by_decile(measure(rm(), 200)),
     "accuracy_by_source": lambda: rm_plots.accuracy_by_source(measure(rm(), 200)),
     "reliability_diagram": lambda: rm_plots.reliability_diagram(reliability(rm(), 200), measure(rm(), 200)),
-    "policy_rewards": lambda: plots.policy_rewards(policies(), 200),
-    "reward_against_kl": lambda: plots.reward_against_kl(policies()),
+    "policy_rewards": lambda: policy_plots.policy_rewards(measured()),
+    "wins_by_decile": lambda: policy_plots.wins_by_decile(measured()),
+    "reward_against_kl": lambda: policy_plots.reward_against_kl(curves_of(policies())),
+    "diversity": lambda: policy_plots.diversity(measured()),
 }
 EMPTY = {
     "weight_histogram": lambda: plots.weight_histogram(DENSITY_WEIGHTS.empty()),
@@ -87,8 +105,10 @@ EMPTY = {
     "accuracy_by_decile": lambda: rm_plots.accuracy_by_decile(NO_RM),
     "accuracy_by_source": lambda: rm_plots.accuracy_by_source(NO_RM),
     "reliability_diagram": lambda: rm_plots.reliability_diagram(reliability(RM_EVALUATION.empty(), 1), NO_RM),
-    "policy_rewards": lambda: plots.policy_rewards(POLICY_EVALUATION.empty()),
-    "reward_against_kl": lambda: plots.reward_against_kl(POLICY_EVALUATION.empty()),
+    "policy_rewards": lambda: policy_plots.policy_rewards(NO_POLICIES),
+    "wins_by_decile": lambda: policy_plots.wins_by_decile(NO_POLICIES),
+    "reward_against_kl": lambda: policy_plots.reward_against_kl(POLICY_CURVES.empty()),
+    "diversity": lambda: policy_plots.diversity(NO_POLICIES),
 }
 
 
@@ -116,7 +136,7 @@ def test_equal_tables_give_equal_bytes():
 
 
 def test_base_policy_alone_can_be_drawn():
-    assert is_small_png(plots.policy_rewards(policies().filter(pl.col("policy") == "base"), 200))
+    assert is_small_png(policy_plots.policy_rewards(measured().filter(policy="base")))
 
 
 def test_importing_the_module_does_not_import_matplotlib():

@@ -3,14 +3,18 @@ from __future__ import annotations
 import base64
 import json
 import re
+from functools import cache
 
 import numpy as np
 import polars as pl
 import pytest
 
+from densityrm_core.document import Report
 from densityrm_core.experiment import Experiment
-from densityrm_core.report import build_report
+from densityrm_core.report import PolicyResults, ReportError, build_report
 from densityrm_core.tables import POLICY_EVALUATION, RM_EVALUATION
+
+from .policy_rows import curves_of, diversity_of
 
 EXPERIMENT = Experiment.model_validate({"evaluation": {"bootstrap": 300}})
 FINGERPRINT = EXPERIMENT.fingerprint
@@ -45,6 +49,15 @@ def with_longer_reply(rows: pl.DataFrame) -> pl.DataFrame:
     return pl.concat([rows, baseline])
 
 
+def results(rows: pl.DataFrame) -> PolicyResults:
+    """Rows of an evaluation with the curves and the diversity that go with them."""
+    return PolicyResults(rows, curves_of(rows), diversity_of(rows))
+
+
+def policies(gain: float, **options: object) -> PolicyResults:
+    return results(policy_rows(gain, **options))
+
+
 def policy_rows(gain: float, arms="abc", seeds=(0, 1, 2), base_seeds=(0, 1, 2)) -> pl.DataFrame:
     """Base at -1, arms A and C at 0, B and D at `gain`; greedy completions at 5."""
     rng = np.random.default_rng(1)
@@ -52,13 +65,21 @@ def policy_rows(gain: float, arms="abc", seeds=(0, 1, 2), base_seeds=(0, 1, 2)) 
     rows = [
         {"seed": s, "policy": p, "prompt_id": f"{i}", "decile": i % 4 * 2 + 1, "quartile": i % 4 + 1, "sample": k,
          "completion": "x", "judge_reward": level[p] + rng.normal(0, 0.3) if k else 5.0,
-         "own_reward": None if p == "base" else 0.7, "kl": 2.5, "tokens": 12, "fingerprint": FINGERPRINT}
+         "own_reward": None if p == "base" else 0.7, "rm_uniform_reward": level[p] + rng.normal(),
+         "rm_density_reward": 3 * level[p] + rng.normal(), "kl": 0.0 if p == "base" else 2.5, "entropy": 1.5, "tokens": 12,
+         "fingerprint": FINGERPRINT}
         for p in ("base", *arms) for s in (base_seeds if p == "base" else seeds) for i in range(60) for k in range(3)
     ]  # fmt: skip
     return POLICY_EVALUATION.check(POLICY_EVALUATION.frame(rows))
 
 
-NO_POLICIES, NO_RM = POLICY_EVALUATION.empty(), RM_EVALUATION.empty()
+@cache
+def report_of_policies() -> Report:
+    """Of policies alone, arm B ahead of A."""
+    return build_report(EXPERIMENT, NO_RM, policies(0.5))
+
+
+NO_POLICIES, NO_RM = results(POLICY_EVALUATION.empty()), RM_EVALUATION.empty()
 
 
 @pytest.mark.parametrize(
@@ -72,11 +93,11 @@ NO_POLICIES, NO_RM = POLICY_EVALUATION.empty(), RM_EVALUATION.empty()
     ],
 )
 def test_overall_verdict_needs_both_hypotheses(rm_gain, policy_gain, expected):
-    assert build_report(EXPERIMENT, rm_rows(rm_gain), policy_rows(policy_gain)).table["verdict"] == expected
+    assert build_report(EXPERIMENT, rm_rows(rm_gain), policies(policy_gain)).table["verdict"] == expected
 
 
 def test_answer_is_the_first_sentence():
-    answer = build_report(EXPERIMENT, rm_rows(0.2), policy_rows(0.5)).markdown.split("\n\n")[1]
+    answer = build_report(EXPERIMENT, rm_rows(0.2), policies(0.5)).markdown.split("\n\n")[1]
     assert answer == (
         "Supported at this size: sampling by 1/density makes a better reward model on rare prompts (H1 supported) "
         "and a better policy (H2 supported)."
@@ -126,33 +147,32 @@ def test_rows_of_further_sets_leave_the_verdict_alone():
 
 
 def test_policy_gain_is_related_to_the_improvement_over_base():
-    h2 = build_report(EXPERIMENT, rm_rows(0.2), policy_rows(0.5)).table["policy"]
+    h2 = build_report(EXPERIMENT, rm_rows(0.2), policies(0.5)).table["policy"]
     assert (h2["relative_gain"], h2["baseline"]) == ("confirmed", pytest.approx(1, abs=0.1))
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(0.5, "confirmed"), (0.1, "compatible"), (0.0, "ruled out")])
 def test_claimed_gain_is_confirmed_compatible_or_ruled_out(gain, expected):
-    rows = policy_rows(gain)
-    assert build_report(EXPERIMENT, NO_RM, rows).table["policy"]["relative_gain"] == expected
+    assert build_report(EXPERIMENT, NO_RM, policies(gain)).table["policy"]["relative_gain"] == expected
 
 
 def test_judge_reward_is_that_of_the_sampled_completions():
-    arm = build_report(EXPERIMENT, NO_RM, policy_rows(0.5)).table["policy"]["arms"]["a"]
+    arm = report_of_policies().table["policy"]["arms"]["a"]
     assert (arm["judge_reward"]["mean"], arm["greedy"]) == (pytest.approx(0, abs=0.1), 5)
 
 
 def test_base_policy_of_one_seed_serves_all_seeds():
-    change = build_report(EXPERIMENT, NO_RM, policy_rows(0.5, base_seeds=(0,))).table["policy"]["arms"]["a"]["change"]
+    change = build_report(EXPERIMENT, NO_RM, policies(0.5, base_seeds=(0,))).table["policy"]["arms"]["a"]["change"]
     assert change["mean"] == pytest.approx(1, abs=0.1)
 
 
 def test_arm_d_completes_the_square():
-    report = build_report(EXPERIMENT, NO_RM, policy_rows(0.5, arms="abcd"))
+    report = build_report(EXPERIMENT, NO_RM, policies(0.5, arms="abcd"))
     assert re.search(r"D: 0\.[45]", report.markdown) and set(report.table["policy"]["differences"]) == {"b-a", "c-a", "d-a"}
 
 
 def test_missing_arm_is_named():
-    report = build_report(EXPERIMENT, rm_rows(0.2), policy_rows(0.5, arms="ac"))
+    report = build_report(EXPERIMENT, rm_rows(0.2), policies(0.5, arms="ac"))
     assert "arm B has no evaluation yet." in report.markdown and report.table["verdict"] == "undecided"
 
 
@@ -173,18 +193,18 @@ def test_empty_tables_make_a_report():
 
 def test_missing_base_policy_leaves_the_relative_gain_undefined():
     rows = policy_rows(0.5).filter(pl.col("policy") != "base")
-    assert build_report(EXPERIMENT, NO_RM, rows).table["policy"]["relative_gain"] == "undefined"
+    assert build_report(EXPERIMENT, NO_RM, results(rows)).table["policy"]["relative_gain"] == "undefined"
 
 
 def test_one_seed_makes_a_verdict_and_names_the_absent_seeds():
-    report = build_report(EXPERIMENT, rm_rows(0.2, seeds=(0,)), policy_rows(0.5, seeds=(0,), base_seeds=(0,)))
+    report = build_report(EXPERIMENT, rm_rows(0.2, seeds=(0,)), policies(0.5, seeds=(0,), base_seeds=(0,)))
     assert report.table["verdict"] == "supported"
     assert report.table["remarks"] == ["seed 1 has no evaluation yet.", "seed 2 has no evaluation yet."]
 
 
 def test_seed_that_one_arm_lacks_is_named():
-    policies = policy_rows(0.5).filter(~((pl.col("policy") == "b") & (pl.col("seed") == 2)))
-    assert build_report(EXPERIMENT, rm_rows(0.2), policies).table["remarks"] == ["arm B has no evaluation of seed 2 yet."]
+    rows = policy_rows(0.5).filter(~((pl.col("policy") == "b") & (pl.col("seed") == 2)))
+    assert build_report(EXPERIMENT, rm_rows(0.2), results(rows)).table["remarks"] == ["arm B has no evaluation of seed 2 yet."]
 
 
 def test_rows_of_another_experiment_are_left_out_and_counted():
@@ -205,23 +225,23 @@ def test_notes_are_printed():
 
 def test_table_is_strict_json():
     one_prompt = rm_rows(0.2).filter(pl.col("prompt_id") == "0")
-    table = build_report(EXPERIMENT, one_prompt, policy_rows(0.5)).table
+    table = build_report(EXPERIMENT, one_prompt, policies(0.5)).table
     assert json.loads(json.dumps(table, allow_nan=False)) == table
 
 
 def test_terminal_fits_110_columns():
-    text = build_report(EXPERIMENT, with_longer_reply(rm_rows(0.2)), policy_rows(0.5, arms="abcd")).terminal()
+    text = build_report(EXPERIMENT, with_longer_reply(rm_rows(0.2)), policies(0.5, arms="abcd")).terminal()
     assert max(map(len, text.splitlines())) <= 110
 
 
 def test_embedded_images_are_the_figures():
-    report = build_report(EXPERIMENT, rm_rows(0.2), policy_rows(0.5))
+    report = build_report(EXPERIMENT, rm_rows(0.2), policies(0.5))
     images = [base64.b64decode(x) for x in re.findall(r"data:image/png;base64,([^)]+)", report.embedded())]
-    assert images == list(report.figures.values()) and len(images) == 4
+    assert images == list(report.figures.values()) and len(images) == 6
 
 
 def test_written_report_links_the_figures_beside_it(tmp_path):
-    path = build_report(EXPERIMENT, rm_rows(0.2), policy_rows(0.5)).write(tmp_path / "out")
+    path = build_report(EXPERIMENT, rm_rows(0.2), policies(0.5)).write(tmp_path / "out")
     links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text())
     assert {p.name for p in path.parent.iterdir()} == {"report.md", "report.json", "report.txt", *links}
 
@@ -237,6 +257,55 @@ def test_failed_write_leaves_the_old_report(tmp_path):
 
 
 def test_equal_tables_make_equal_reports():
-    rm, policies = rm_rows(0.2), policy_rows(0.5)
-    shuffled = build_report(EXPERIMENT, rm.sample(fraction=1, shuffle=True, seed=3), policies.reverse())
-    assert shuffled == build_report(EXPERIMENT, rm, policies)
+    rm, found = rm_rows(0.2), policies(0.5)
+    reversed_rows = PolicyResults(found.evaluation.reverse(), found.curves.reverse(), found.diversity.reverse())
+    shuffled = build_report(EXPERIMENT, rm.sample(fraction=1, shuffle=True, seed=3), reversed_rows)
+    assert shuffled == build_report(EXPERIMENT, rm, found)
+
+
+def test_curves_or_diversity_that_a_seed_lacks_are_refused_by_name():
+    found = policies(0.5)
+    lost = found.curves.filter(pl.col("seed") != 1)
+    with pytest.raises(
+        ReportError, match=r"policy_curves has no rows of policy a, seed 1.*materialize policy_curves for partition 1"
+    ):
+        build_report(EXPERIMENT, NO_RM, PolicyResults(found.evaluation, lost, found.diversity))
+    stale = found.diversity.with_columns(fingerprint=pl.lit("other"))
+    with pytest.raises(ReportError, match="policy_diversity has no rows of policy a, seed 0"):
+        build_report(EXPERIMENT, NO_RM, PolicyResults(found.evaluation, found.curves, stale))
+
+
+def test_win_rates_stand_beside_the_judge_reward_by_stratum():
+    report = report_of_policies()
+    arms = report.table["policy"]["arms"]
+    assert 0.9 < arms["a"]["wins"]["mean"] < arms["b"]["wins"]["mean"] <= 1
+    assert "wins against base, % [95 %] | all | rare quartile" in report.markdown
+
+
+def test_own_gain_beyond_the_judges_is_over_optimisation():
+    arms = report_of_policies().table["policy"]["arms"]
+    # rm_uniform's rewards follow the judge's level with three times its noise, rm_density's with three times its gain, too
+    assert arms["a"]["own_less_judge"]["high"] < 0
+    assert arms["b"]["own_gain"]["mean"] == pytest.approx(4.5, abs=0.4)
+
+
+def test_arms_are_compared_at_equal_kl_too():
+    report = report_of_policies()
+    equal = report.table["policy"]["equal_kl"]
+    assert equal["levels"] == {"0": 2.5, "1": 2.5, "2": 2.5}
+    assert equal["differences"]["b-a"]["all"]["low"] > 0
+    assert "| at equal KL, paired [95 %] |" in report.markdown and "2.50 to 2.50 nats a reply" in report.markdown
+
+
+def test_best_of_n_is_shown_and_takes_no_part_in_the_verdict():
+    rows = policy_rows(0.5)
+    best = rows.filter((pl.col("policy") == "a") & (pl.col("sample") == 1)).with_columns(
+        policy=pl.lit("best_of_16_density"), judge_reward=pl.lit(9.0)
+    )
+    with_best = build_report(EXPERIMENT, NO_RM, results(pl.concat([rows, best])))
+    without = build_report(EXPERIMENT, NO_RM, results(rows))
+    assert "| best of 16, density | 9.000 [9.000, 9.000] |" in with_best.markdown
+    assert max(map(len, with_best.terminal().splitlines())) <= 110
+    assert with_best.table["verdict"] == without.table["verdict"]
+    assert with_best.table["policy"]["difference"] == without.table["policy"]["difference"]
+    assert with_best.table["remarks"] == without.table["remarks"]

@@ -38,7 +38,8 @@ def test_jobs_select_their_stages(run: Run):
 
     assert "density_weights" in assets("prepare_data") and "base_model" not in assets("prepare_data")
     assert {"base_model", "rm_judge", "rm_uniform", "rm_density", "rm_evaluation"} == assets("train_reward_models")
-    assert {"grpo_a", "grpo_b", "grpo_c", "policy_evaluation"} == assets("train_policies")
+    evaluated = {"policy_evaluation", "policy_curves", "policy_diversity"}
+    assert {"grpo_a", "grpo_b", "grpo_c", *evaluated} == assets("train_policies")
     assert "hypothesis_report" in assets("run_experiment")
 
 

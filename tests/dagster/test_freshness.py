@@ -9,7 +9,8 @@ from densityrm_dagster.freshness import outdated
 
 from .conftest import TINY, Run
 
-PER_SEED = {"rm_uniform", "rm_density", "grpo_a", "grpo_b", "grpo_c", "rm_evaluation", "policy_evaluation", "hypothesis_report"}
+EVALUATED = {"rm_evaluation", "policy_evaluation", "policy_curves", "policy_diversity", "hypothesis_report"}
+PER_SEED = {"rm_uniform", "rm_density", "grpo_a", "grpo_b", "grpo_c", *EVALUATED}
 
 
 def names(run: Run, seed: str = "0", **changes: object) -> set[str]:
@@ -35,7 +36,7 @@ def test_a_further_seed_trains_and_evaluates_but_prepares_no_data(run: Run):
 )
 def test_a_changed_setting_outdates_what_hangs_on_it_and_nothing_else(run: Run, changes: dict[str, object], kept: set[str]):
     found = names(run, **changes)
-    assert {"grpo_a", "policy_evaluation", "hypothesis_report"} <= found
+    assert {"grpo_a", "policy_evaluation", "policy_curves", "policy_diversity", "hypothesis_report"} <= found
     assert not kept & found
 
 

@@ -18,12 +18,14 @@ GRAPH = {
     *("hh_rlhf_pairs", "ultrafeedback_pairs", "stack_exchange_pairs", "preference_pairs"),
     *("prompts", "prompt_embeddings", "density_weights", "pair_weights"),
     *("base_model", "rm_judge", "rm_uniform", "rm_density"),
-    *("grpo_a", "grpo_b", "grpo_c", "rm_evaluation", "policy_evaluation", "hypothesis_report"),
+    *("grpo_a", "grpo_b", "grpo_c", "rm_evaluation", "policy_evaluation", "policy_curves", "policy_diversity"),
+    "hypothesis_report",
 }
 REJECTS = {"hh_rlhf_rejects", "ultrafeedback_rejects", "stack_exchange_rejects", "preference_rejects"}
 TRAINED = ["base_model", "rm_uniform", "rm_density", "grpo_a", "grpo_b", "grpo_c"]
 REPEATED = ["hh_rlhf_pairs", "hh_rlhf_rejects", "prompts", "base_model", "rm_density"]
-PER_SEED = ["rm_uniform", "rm_density", "grpo_a", "grpo_b", "grpo_c", "rm_evaluation", "policy_evaluation"]
+EVALUATED = ["rm_evaluation", "policy_evaluation", "policy_curves", "policy_diversity"]
+PER_SEED = ["rm_uniform", "rm_density", "grpo_a", "grpo_b", "grpo_c", *EVALUATED]
 
 
 def specs(run: Run) -> dict[str, dg.AssetSpec]:
@@ -71,7 +73,7 @@ def test_replicates_are_partitions(run: Run, asset: str):
     assert partitions is not None and partitions.get_partition_keys() == ["0", "1"]
 
 
-@pytest.mark.parametrize("asset", ["preference_pairs", "prompts", "prompt_embeddings", "density_weights", "rm_evaluation"])
+@pytest.mark.parametrize("asset", ["preference_pairs", "prompts", "prompt_embeddings", "density_weights", *EVALUATED])
 def test_tables_have_column_lineage(run: Run, asset: str):
     lineage = run.metadata(asset)["dagster/column_lineage"].value
     for deps in lineage.deps_by_column.values():
@@ -94,7 +96,7 @@ def test_rows_read_are_accounted_for(run: Run):
         assert metadata["candidate_pairs"].value == metadata["pairs"].value + metadata["rejects"].value > 0
 
 
-@pytest.mark.parametrize("asset", ["hypothesis_report", "density_weights", "policy_evaluation", "rm_evaluation"])
+@pytest.mark.parametrize("asset", ["hypothesis_report", "density_weights", *EVALUATED])
 def test_pictures_in_the_interface_stay_small(run: Run, asset: str):
     pictures = [v.md_str for v in run.metadata(asset).values() if isinstance(v, dg.MarkdownMetadataValue)]
     images = [part.split(")")[0] for text in pictures for part in text.split("data:image/png;base64,")[1:]]
@@ -115,6 +117,37 @@ def test_the_card_of_reward_models_has_numbers_to_plot_and_tables_to_read(run: R
     assert {"rm_uniform_log_loss", "longer_reply_accuracy", "reward_models_agreement"} <= numbers
     tables = [name for name in ("metrics", "by_source", "by_decile", "agreement") if "bag of words" in metadata[name].md_str]
     assert tables == ["metrics", "by_source", "by_decile", "agreement"]
+
+
+def test_the_cards_of_policies_have_numbers_to_plot_and_tables_to_read(run: Run):
+    evaluation, curves, diversity = (run.metadata(f"policy_{name}") for name in ("evaluation", "curves", "diversity"))
+    numbers = {name for card in (evaluation, diversity) for name, v in card.items() if isinstance(v, dg.FloatMetadataValue)}
+    assert {"base_judge_reward", "a_wins", "b_kl", "c_entropy", "base_distinct_2", "c_self_bleu", "a_spread_across"} <= numbers
+    tables = ("summary", "gains", "wins_by_stratum")
+    assert [name for name in tables if "B: RM" not in evaluation[name].md_str] == []
+    assert "| a | 0 |" in curves["points"].md_str and "B: RM" in diversity["words"].md_str
+
+
+def test_the_judge_scores_what_every_arm_answered_from_before_its_training_on(run: Run):
+    rows = pl.read_parquet(run.root / "tiny" / "tables" / "policy_curves" / "0.parquet")
+    start = rows.filter(pl.col("step") == 0)
+    assert set(start["policy"]) == {"a", "b", "c"} and start["kl"].abs().max() < 1e-3
+    assert start.group_by("policy").agg(pl.col("prompt_id").sort().hash().sum())["prompt_id"].n_unique() == 1
+    pairs = pl.read_parquet(run.root / "tiny" / "tables" / "preference_pairs.parquet")
+    assert set(rows["prompt_id"]) <= set(pairs.filter(pl.col("split") == "validation")["prompt_id"])
+
+
+def test_a_policy_without_its_answers_says_what_to_materialize(run: Run):
+    answers = run.root / "tiny" / "models" / "grpo_b" / "0" / "completions.parquet"
+    kept = answers.read_bytes()
+    answers.unlink()
+    try:
+        result = run.again("policy_curves", raise_on_error=False)
+        failure = result.failure_data_for_node("policy_curves")
+        assert failure is not None and failure.user_failure_data is not None
+        assert "materialize grpo_b again" in (failure.user_failure_data.description or "")
+    finally:
+        answers.write_bytes(kept)
 
 
 def test_the_report_is_written_with_its_figures(run: Run):
