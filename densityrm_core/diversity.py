@@ -86,9 +86,9 @@ def spreads(vectors: Doubles, groups: npt.NDArray[np.int64]) -> tuple[Doubles, D
     sums = np.zeros((len(sizes), vectors.shape[1]))
     np.add.at(sums, groups, vectors)
     others = sums.sum(0) - sums
-    with np.errstate(invalid="ignore"):
-        within = 1 - ((sums * sums).sum(1) - sizes) / (sizes * (sizes - 1))
-        across = 1 - (sums * others).sum(1) / (sizes * (sizes.sum() - sizes))
+    siblings, strangers = (np.where(pairs > 0, pairs, np.nan) for pairs in (sizes * (sizes - 1), sizes * (sizes.sum() - sizes)))
+    within = 1 - ((sums * sums).sum(1) - sizes) / siblings
+    across = 1 - (sums * others).sum(1) / strangers
     return np.maximum(within, 0), np.maximum(across, 0)  # equal vectors may end up at -1e-16
 
 

@@ -109,6 +109,14 @@ def test_spreads_are_those_of_the_slow_double_loop():
         assert across[g] == pytest.approx(np.mean([1 - vectors[i] @ vectors[j] for i in own for j in others]), abs=1e-12)
 
 
+def test_a_group_of_one_has_no_spread_within_whatever_its_length_rounds_to():
+    vectors = np.random.default_rng(1).normal(size=(50, 7))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    within, across = spreads(vectors, np.arange(50))
+    assert np.isnan(within).all() and np.isfinite(across).all()
+    assert np.isnan(spreads(vectors, np.zeros(50, np.int64))[1]).all()
+
+
 def test_one_reply_a_prompt_has_words_but_no_self_bleu_and_no_spread():
     found = measure_diversity(evaluation(replies("a", {"p": ["a cab"], "q": ["the bee"]})), embed)
     assert found.select("self_bleu", "spread").null_count().row(0) == (2, 2)
