@@ -131,7 +131,8 @@ def train_policy(task: PolicyTask, watch: Watch) -> TrainedPolicy:
         updates=settings.inner_epochs,
     )
     stopped = control.past_budget()
-    kept = _back_inside(policy, task.base, inside) if stopped else steps
+    outside = stopped or not control.inside_budget(looking.highest_kl)
+    kept = _back_inside(policy, task.base, inside) if outside else steps
     last = {name: value for _, metrics in watch.points for name, value in metrics.items() if name in _FINAL}
     return TrainedPolicy(policy, codec, rewarder.scale, steps, kept, stopped, looking.completions, last)
 

@@ -11,6 +11,7 @@ import polars as pl
 
 from densityrm_core import tables
 from densityrm_core.storage import Stored, held, lock, read_frame, sweep, temporary_folder, temporary_name, write_frame
+from densityrm_dagster.partitions import partition_of
 
 TABLE = "table"  # definition metadata that names the asset's schema in densityrm_core.tables
 
@@ -78,7 +79,7 @@ class FolderIOManager(dg.ConfigurableIOManager):
 
     def stage(self, context: dg.AssetExecutionContext) -> Path:
         """An empty folder to write the asset's value into, on the same file system as its final place."""
-        name = "-".join([*context.asset_key.path, *([context.partition_key] if context.has_partition_key else [])])
+        name = "-".join([*context.asset_key.path, partition_of(context) or "all"])
         staged = temporary_name(Path(self.folder, name))
         staged.mkdir(parents=True)
         lock(os.open(staged, os.O_RDONLY))  # left open: the folder is safe from sweeps until this process ends
@@ -86,7 +87,7 @@ class FolderIOManager(dg.ConfigurableIOManager):
 
     def checkpoints(self, context: dg.AssetExecutionContext) -> Path:
         """Where a training of the asset keeps its checkpoints until its value is stored."""
-        return self._checkpoints(context.asset_key, context.partition_key if context.has_partition_key else None)
+        return self._checkpoints(context.asset_key, partition_of(context))
 
     def handle_output(self, context: dg.OutputContext, obj: Path) -> None:
         target = self._path(context.asset_key, context.partition_key if context.has_asset_partitions else None)

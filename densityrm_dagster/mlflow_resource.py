@@ -11,6 +11,8 @@ import dagster as dg
 import polars as pl
 from dagster._core.errors import DagsterExecutionInterruptedError  # what Terminate raises; Dagster exports it nowhere else
 
+from densityrm_dagster.partitions import partition_of
+
 DENSITIES, REWARD_MODELS, POLICIES = "densityrm/densities", "densityrm/reward-models", "densityrm/policies"
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # opens as a table of runs, not as a page of traces
 _FLUSH_EVERY_S, _FLUSH_AT = 5.0, 500
@@ -68,7 +70,7 @@ class MLflowTracker(dg.ConfigurableResource):
             location = Path(self.artifacts, experiment).absolute().as_uri()
             number = found.experiment_id if found else client.create_experiment(experiment, location, _KIND)
         key = context.asset_key.to_user_string()
-        partition = context.partition_key if context.assets_def.partitions_def else ""
+        partition = partition_of(context) or ""
         run_url, asset_url = f"{self.dagster_url}/runs/{context.run_id}", f"{self.dagster_url}/assets/{key}"
         links = {
             "dagster.run_id": context.run_id,

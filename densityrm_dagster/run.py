@@ -1,6 +1,7 @@
 """Run an experiment from the terminal, in the same Dagster instance that the interface shows."""
 
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 
 import dagster as dg
@@ -10,15 +11,22 @@ from densityrm_dagster.assets.pairs import SOURCES
 from densityrm_dagster.freshness import Exists, changed_sources, outdated
 from densityrm_dagster.reaper import PROCESS, this_process
 
-_PRELOAD = ["densityrm_dagster.definitions"]
+# What most steps would load for themselves: the assets, the instance's storage, what draws; then what trains and is tracked
+_PRELOAD = [
+    "densityrm_dagster.definitions",
+    "dagster._core.storage.sqlite_storage",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+]
 _PRELOAD_TRAINING = [
     *_PRELOAD,
     "densityrm_core.encoders",
     "densityrm_core.density",
     "densityrm_core.evaluation",
     "densityrm_core.sft",
-    "sentence_transformers",
-    "mlflow",
+    "scipy.stats",
+    "mlflow.pyfunc",
+    "mlflow.store.tracking.sqlalchemy_store",
 ]
 
 
@@ -52,6 +60,8 @@ def run_experiment_job() -> dg.JobDefinition:
 def run_experiment(seed: int, experiment: Experiment, root: Path, only: frozenset[str] | None = None) -> bool:
     """Materialize what is missing, lost or outdated for one seed; sources whose raw files changed are read first.
 
+    The data are prepared in a run of their own, which loads no training library: bad rows are reported before that is waited for.
+
     Args:
         only: names of the assets to consider; all if not given.
 
@@ -64,18 +74,32 @@ def run_experiment(seed: int, experiment: Experiment, root: Path, only: frozense
     from densityrm_dagster.definitions import defs
 
     with dg.DagsterInstance.get() as instance:
-        wanted = outdated(instance, defs, str(seed), stored_under(root / experiment.name))
+
+        def due() -> list[dg.AssetKey]:
+            found = outdated(instance, defs, str(seed), stored_under(root / experiment.name))
+            return [key for key in found if only is None or key.to_user_string() in only]
+
+        wanted = due()
         changed = [dg.AssetKey(f"{name}_pairs") for name in changed_sources(instance, experiment, root / "raw")]
         again = [key for key in changed if key not in wanted]
         if again:
             rejects = [dg.AssetKey(key.to_user_string().removesuffix("_pairs") + "_rejects") for key in again]
             _materialize(instance, seed, again + rejects, _PRELOAD)
-            wanted = outdated(instance, defs, str(seed), stored_under(root / experiment.name))
-        wanted = [key for key in wanted if only is None or key.to_user_string() in only]
+            wanted = due()
+        data = [key for key in wanted if key.to_user_string() in data_assets()]
+        if data:
+            _materialize(instance, seed, data, _PRELOAD)
+            wanted = due()
         if wanted:
-            data_alone = only is not None and only <= data_assets()
-            _materialize(instance, seed, wanted, _PRELOAD if data_alone else _PRELOAD_TRAINING)
-        return bool(again or wanted)
+            _materialize(instance, seed, wanted, _PRELOAD_TRAINING)
+        return bool(again or data or wanted)
+
+
+def renew_fork_server(preload: list[str]) -> None:
+    """Stop a fork server that lacks some of `preload`: it would go on as it is, and every step load the rest for itself."""
+    server = forkserver._forkserver
+    if not set(preload) <= set(server._preload_modules):
+        server._stop()
 
 
 def stored_under(state: Path) -> Exists:
@@ -113,6 +137,7 @@ def describe_sources(experiment: Experiment) -> str:
 
 def _materialize(instance: dg.DagsterInstance, seed: int, assets: Sequence[dg.AssetKey], preload: list[str]) -> None:
     """Two steps at a time, each a fork of a server that has paid for the slow imports `preload` once."""
+    renew_fork_server(preload)
     executor = {"max_concurrent": 2, "start_method": {"forkserver": {"preload_modules": preload}}}
     result = dg.execute_job(
         dg.reconstructable(run_experiment_job),

@@ -14,6 +14,7 @@ from densityrm_core.experiment import Experiment
 from densityrm_core.settings import ComputeSettings, Settings
 from densityrm_dagster.metadata import plot
 from densityrm_dagster.mlflow_resource import MirroredRun, MLflowTracker
+from densityrm_dagster.partitions import partition_of
 from densityrm_dagster.registry import register_reward_model
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def tracked(
     from densityrm_core.training import TrainingStoppedError
 
     set_up_torch(experiment.compute)
-    seed = context.partition_key if context.has_partition_key else "0"
+    seed = partition_of(context) or "0"
     described = {"variant": variant, "seed": seed, "experiment": experiment.name, **params, **settings.model_dump(mode="json")}
     tags = tags_of(experiment) | {"densityrm.variant": variant}
     with mlflow.run(context, group, described, tags, stopped=(TrainingStoppedError,)) as mirror:

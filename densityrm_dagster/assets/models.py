@@ -98,10 +98,11 @@ def _judge(experiment: Experiment) -> dg.AssetsDefinition:
             context.log.info("the judge is the planted rule itself: exact, nothing to train")
             return folder_output(folder, {"judge": "planted rule", "rule": dg.MetadataValue.json(rule)})
         pairs = {split: preference_pairs.filter(pl.col("split") == split) for split in ("judge", "validation")}
+        checkpoints = folders.checkpoints(context)
         with (
             clear_failures(),
             tracked(
-                context, mlflow, experiment, REWARD_MODELS, settings, "judge", "pairs", folders.checkpoints(context)
+                context, mlflow, experiment, REWARD_MODELS, settings, "rm_judge", "pairs", checkpoints, seed=_JUDGE_SEED
             ) as training,
         ):
             uniform = uniform_weights(pairs["judge"].height)
@@ -110,7 +111,7 @@ def _judge(experiment: Experiment) -> dg.AssetsDefinition:
             )
             trained = train_reward_model(task, training.watch)
             save_model(trained.model, trained.codec, folder, {"settings": settings.model_dump(mode="json"), **trained.card})
-            card = training.finish(folder, trained.metrics, ["train/loss", "eval/loss"])
+            card = training.finish(folder, trained.metrics, ["train/loss", "eval/loss"]) | training.register(folder)
             return folder_output(folder, {"judge": "reward model", **card})
 
     return rm_judge

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from densityrm_core.experiment import Experiment
@@ -19,6 +21,9 @@ from densityrm_dagster.mlflow_resource import REWARD_MODELS, MLflowTracker
 from densityrm_dagster.partitions import seed_of, seed_partitions
 from densityrm_dagster.rm_card import settings_table, validation_plots
 from densityrm_dagster.tracking import tracked
+
+if TYPE_CHECKING:
+    from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel
 
 _SAMPLING = {
     "rm_uniform": ("uniform", "Reward model trained on pairs sampled uniformly."),
@@ -63,24 +68,14 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
     ) -> Iterator[Any]:
         from densityrm_core.models import save_model
         from densityrm_core.reward_model import RewardModelTask, train_reward_model
-        from densityrm_core.sampling import uniform_weights
 
         settings, folder, seed = chosen(config, experiment.reward_model), folders.stage(context), seed_of(context)
         train, validation = (preference_pairs.filter(pl.col("split") == split) for split in ("train", "validation"))
-        by_density = pair_weights.filter(pl.col("split") == "train")["weight"].to_numpy()
-        weights = by_density if sampling == "density" else uniform_weights(train.height)
+        weights, checkpoints = _sampling_weights(sampling, pair_weights), folders.checkpoints(context)
         with (
             clear_failures(),
             tracked(
-                context,
-                mlflow,
-                experiment,
-                REWARD_MODELS,
-                settings,
-                name,
-                "pairs",
-                folders.checkpoints(context),
-                sampling=sampling,
+                context, mlflow, experiment, REWARD_MODELS, settings, name, "pairs", checkpoints, sampling=sampling
             ) as training,
         ):
             task = RewardModelTask(
@@ -90,19 +85,42 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
             card = {"settings": settings.model_dump(mode="json"), "sampling": sampling, "seed": seed, **trained.card}
             save_model(trained.model, trained.codec, folder, card)
             shown = training.finish(folder, trained.metrics, ["train/accuracy", "eval/accuracy"]) | training.register(folder)
-        shown |= {"settings": settings_table(settings)}
-        shown |= validation_plots(folder, validation, pair_weights, experiment, {"model": name, "seed": seed})
-        counts = {"training_pairs": train.height, "truncated_texts": trained.codec.truncated, "kept_step": trained.step}
-        yield folder_output(folder, {**shown, **counts})
-        losses = training.watch.frame().filter(pl.col("metric").str.ends_with("loss"))["value"]
-        yield dg.AssetCheckResult(
-            check_name="losses_finite", passed=bool(losses.is_finite().all()), metadata={"points": len(losses)}
-        )
-        yield dg.AssetCheckResult(
-            check_name="beats_chance",
-            passed=trained.metrics["eval/accuracy"] > 0.5,
-            severity=dg.AssetCheckSeverity.WARN,
-            metadata={"accuracy": trained.metrics["eval/accuracy"], "pairs": validation.height},
-        )
+        plots = validation_plots(folder, validation, pair_weights, experiment, {"model": name, "seed": seed})
+        yield folder_output(folder, shown | plots | _training_card(task, trained))
+        yield _losses_finite(training.watch.frame())
+        yield _beats_chance(trained.metrics["eval/accuracy"], validation.height)
 
     return reward_model
+
+
+def _sampling_weights(sampling: str, pair_weights: pl.DataFrame) -> npt.NDArray[np.float64]:
+    """Of every training pair, in the order of the table."""
+    from densityrm_core.sampling import uniform_weights
+
+    by_density = pair_weights.filter(pl.col("split") == "train")["weight"].to_numpy()
+    return by_density if sampling == "density" else uniform_weights(len(by_density))
+
+
+def _training_card(task: "RewardModelTask", trained: "TrainedRewardModel") -> dict[str, Any]:
+    return {
+        "settings": settings_table(task.settings),
+        "training_pairs": task.pairs.height,
+        "truncated_texts": trained.codec.truncated,
+        "kept_step": trained.step,
+    }
+
+
+def _losses_finite(metrics: pl.DataFrame) -> dg.AssetCheckResult:
+    losses = metrics.filter(pl.col("metric").str.ends_with("loss"))["value"]
+    return dg.AssetCheckResult(
+        check_name="losses_finite", passed=bool(losses.is_finite().all()), metadata={"points": len(losses)}
+    )
+
+
+def _beats_chance(accuracy: float, pairs: int) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        check_name="beats_chance",
+        passed=accuracy > 0.5,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={"accuracy": accuracy, "pairs": pairs},
+    )

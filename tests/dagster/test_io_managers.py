@@ -164,3 +164,21 @@ def test_a_folder_replaced_halfway_is_restored(tmp_path: Path):
     staged(tmp_path / ".curve.former", "old")  # killed between the two renames
     read = manager.load_input(wanted(pl.DataFrame))
     assert (read / "weights").read_text() == "old"
+
+
+@pytest.mark.parametrize("partitions", [None, dg.StaticPartitionsDefinition(["0", "1"])])
+def test_a_finished_training_leaves_no_checkpoints_whatever_run_it_was_part_of(
+    tmp_path: Path, partitions: dg.PartitionsDefinition | None
+):
+    @dg.asset(io_manager_key="folders", partitions_def=partitions)
+    def trained(context: dg.AssetExecutionContext, folders: dg.ResourceParam[FolderIOManager]) -> Path:
+        staged(folders.checkpoints(context), "half")
+        return folders.stage(context)
+
+    @dg.asset(partitions_def=dg.StaticPartitionsDefinition(["0", "1"]), deps=[trained])
+    def replicate() -> None: ...
+
+    job = dg.define_asset_job("all", dg.AssetSelection.all())
+    definitions = dg.Definitions([trained, replicate], jobs=[job], resources={"folders": FolderIOManager(folder=str(tmp_path))})
+    assert definitions.resolve_job_def("all").execute_in_process(partition_key="1").success
+    assert not list(tmp_path.rglob("weights"))

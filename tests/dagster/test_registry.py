@@ -1,5 +1,6 @@
 """Every trained reward model is a version in MLflow's registry, which predicts rewards and can be had back by its name."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
+from densityrm_core.experiment import Experiment
 from densityrm_core.scorer import load_scorer
+from densityrm_dagster.build import build_definitions
 from densityrm_dagster.metadata import folder_hash
 from densityrm_dagster.mlflow_resource import REWARD_MODELS, MLflowTracker
 from densityrm_dagster.registry import RegistryError, register_reward_model, registered_folder
 from densityrm_dagster.services import tracking_uri
 
 from ..core.tiny_models import tiny_reward_model
-from .conftest import Run
+from .conftest import TINY, Run
 from .test_mlflow import tracker
 
 FRAME = pd.DataFrame({"prompt": ["How do I brew coffee?", ""], "response": ["Sure: grind it. " * 40, "No."]})
@@ -43,6 +46,21 @@ def test_a_materialization_is_a_version_that_names_where_it_comes_from(run: Run,
     assert made.tags["densityrm.fingerprint"] == run.experiment.fingerprint
     assert made.tags["densityrm.data_version"] == folder_hash(folder)
     assert run.instance.get_run_by_id(made.tags["dagster.run_id"]) is not None
+
+
+def test_a_trained_judge_is_a_version_under_its_own_seed_whichever_partition_made_it(run: Run, tmp_path: Path):
+    for made in ("tables", "models"):
+        shutil.copytree(run.root / "tiny" / made, tmp_path / "tiny" / made)
+    experiment = Experiment.model_validate({**TINY, "judge": {"kind": "model", "steps": 3}})
+    job = build_definitions(experiment, tmp_path).resolve_job_def("run_experiment")
+    result = job.execute_in_process(partition_key="1", asset_selection=[dg.AssetKey("rm_judge")])
+    (event,) = result.asset_materializations_for_node("rm_judge")
+    client = MlflowClient(tracking_uri(tmp_path))
+    (alias, number), *others = client.get_registered_model("tiny-rm_judge").aliases.items()
+    assert (alias, others) == ("seed-10000", [])
+    assert event.metadata["registered_model"].value == f"models:/tiny-rm_judge/{number}"
+    content = client.get_model_version("tiny-rm_judge", str(number)).tags["densityrm.data_version"]
+    assert content == folder_hash(tmp_path / "tiny" / "models" / "rm_judge")
 
 
 def test_a_registered_model_predicts_the_rewards_of_its_folder(run: Run, registered: MlflowClient):
