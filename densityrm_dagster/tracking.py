@@ -74,6 +74,12 @@ class Training:
         frame.write_parquet(folder / f"{name}.parquet")
         self._mirror.table(name, frame)
 
+    def losses_finite(self) -> dg.AssetCheckResult:
+        """The check of this name: no loss of the training was NaN or infinite."""
+        losses = self.watch.frame().filter(pl.col("metric").str.ends_with("loss"))["value"]
+        passed = bool(losses.is_finite().all())
+        return dg.AssetCheckResult(check_name="losses_finite", passed=passed, metadata={"points": len(losses)})
+
     def register(self, folder: Path) -> dict[str, Any]:
         """Make the finished reward model a version in MLflow's registry; what the report card says of it."""
         return register_reward_model(self._mirror, folder)

@@ -87,7 +87,7 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
             shown = training.finish(folder, trained.metrics, ["train/accuracy", "eval/accuracy"]) | training.register(folder)
         plots = validation_plots(folder, validation, pair_weights, experiment, {"model": name, "seed": seed})
         yield folder_output(folder, shown | plots | _training_card(task, trained))
-        yield _losses_finite(training.watch.frame())
+        yield training.losses_finite()
         yield _beats_chance(trained.metrics["eval/accuracy"], validation.height)
 
     return reward_model
@@ -108,13 +108,6 @@ def _training_card(task: "RewardModelTask", trained: "TrainedRewardModel") -> di
         "truncated_texts": trained.codec.truncated,
         "kept_step": trained.step,
     }
-
-
-def _losses_finite(metrics: pl.DataFrame) -> dg.AssetCheckResult:
-    losses = metrics.filter(pl.col("metric").str.ends_with("loss"))["value"]
-    return dg.AssetCheckResult(
-        check_name="losses_finite", passed=bool(losses.is_finite().all()), metadata={"points": len(losses)}
-    )
 
 
 def _beats_chance(accuracy: float, pairs: int) -> dg.AssetCheckResult:
