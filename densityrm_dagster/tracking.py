@@ -123,5 +123,6 @@ def set_up_torch(compute: ComputeSettings) -> None:
 
     torch.set_num_threads(compute.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no kernel here reads what it has not written
     logging.set_verbosity_error()
     logging.disable_progress_bar()
