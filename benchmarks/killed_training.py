@@ -20,11 +20,10 @@ import polars as pl
 import torch
 
 from densityrm_core.checkpoints import CheckpointFolder
-from densityrm_core.experiment import Experiment
 from densityrm_core.grpo import PolicyTask, TrainedPolicy, train_policy
 from densityrm_core.models import new_reward_model, save_model
 from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, train_reward_model
-from densityrm_core.settings import BaseModelSettings, GrpoSettings, RewardModelSettings
+from densityrm_core.settings import BaseModelSettings, GrpoSettings, PlantedSettings, RewardModelSettings, SourceSettings
 from densityrm_core.sft import train_base_model
 from densityrm_core.sources import Folders, read_source
 from densityrm_core.training import Watch
@@ -127,8 +126,8 @@ def _start(training: Training) -> multiprocessing.process.BaseProcess:
 
 
 def prepare(folder: Path) -> None:
-    experiment, folders = Experiment(), Folders(folder, folder / "raw", folder / "shards")
-    pairs = read_source("hh_rlhf", experiment.sources.hh_rlhf, experiment.planted, folders).pairs.frame().head(600)
+    folders = Folders(folder, folder / "raw", folder / "shards")
+    pairs = read_source("hh_rlhf", SourceSettings(), PlantedSettings(hh_rows=600), folders).pairs.frame()
     pairs.write_parquet(folder / "pairs.parquet")
     model, codec = train_base_model(pairs, BaseModelSettings(steps=0, hidden_size=64, layers=2), Watch())
     save_model(model, codec, folder / "base", {})

@@ -48,11 +48,11 @@ def test_a_stopped_run_goes_on_where_it_stopped(stop_at: int, tmp_path: Path):
 
 def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path):
     """SIGKILL twice, after a new checkpoint each time, then to the end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([kill_and_resume.__module__])
     for _ in range(2):
         before = set(tmp_path.rglob("step-*"))
-        run = multiprocessing.get_context("spawn").Process(
-            target=train, args=(Checkpoints(tmp_path, "key", every=3), -1, -1, 0.05)
-        )
+        run = context.Process(target=train, args=(Checkpoints(tmp_path, "key", every=3), -1, -1, 0.05))
         run.start()
         while set(tmp_path.rglob("step-*")) <= before and run.is_alive():
             time.sleep(0.01)

@@ -101,7 +101,8 @@ def test_malformed_rows_count_over_all_files(tmp_path: Path, raw: Path) -> None:
 
 def test_more_processes_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("densityrm_core.sources.reading._SPREAD_FROM", 0)
-    write_raw("stack_exchange", PlantedSettings(stack_exchange_questions=3000), tmp_path / "rows.jsonl.gz")
+    monkeypatch.setattr("densityrm_core.sources.reading._CHUNK_ROWS", 64)
+    write_raw("stack_exchange", PlantedSettings(stack_exchange_questions=500), tmp_path / "rows.jsonl.gz")
     settings = StackExchangeSettings(path=str(tmp_path / "rows.jsonl.gz"))
     one, two = (
         read_source("stack_exchange", settings, PLANTED, Folders(tmp_path / f"{n}", tmp_path, tmp_path / f"shards{n}"), n)

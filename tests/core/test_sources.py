@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import cache
 from pathlib import Path
 
 import polars as pl
@@ -20,6 +21,11 @@ CODE_AND_LATEX = (
     '<p>Let $a_1 * b_2 \\times \\{x\\}$ &amp; <code>x_1 &lt; 2</code>:</p>\n\n<pre class="lang-py"><code>def f(x):\n'
     "    return x_1 * 2  # a &lt; b\n</code></pre>\n\n<p>$$\n\\alpha_{i} \\\\ \\beta^*\n$$ is <strong>it</strong>.</p>\n"
 )
+
+
+@cache
+def read_real(name: SourceName, folder: Path) -> Read:
+    return read(name, folder)
 
 
 def rejected(source: Read) -> dict[str, int]:
@@ -56,7 +62,7 @@ def question(*scores: int, **changes: object) -> dict[str, object]:
 def test_every_candidate_of_the_real_files_is_a_pair_or_a_reject(
     real_data: Path, name: SourceName, folder: str, rows: int, pairs: int, reasons: dict[str, int]
 ) -> None:
-    source = read(name, real_data / folder)
+    source = read_real(name, real_data / folder)
     assert (source.rows_read, source.pairs.height, rejected(source)) == (rows, pairs, reasons)
     assert source.candidates == pairs + sum(reasons.values())
 
@@ -64,16 +70,16 @@ def test_every_candidate_of_the_real_files_is_a_pair_or_a_reject(
 def test_stack_exchange_candidates_are_all_answer_pairs(real_data: Path) -> None:
     files = (real_data / "stack-exchange").rglob("*.gz")
     answers = [len(json.loads(line)["answers"]) for file in files for line in gzip.decompress(file.read_bytes()).splitlines()]
-    assert read("stack_exchange", real_data / "stack-exchange").candidates == sum(n * (n - 1) // 2 for n in answers)
+    assert read_real("stack_exchange", real_data / "stack-exchange").candidates == sum(n * (n - 1) // 2 for n in answers)
 
 
 def test_real_contexts_start_and_end_with_the_user(real_data: Path) -> None:
-    roles = read("hh_rlhf", real_data / "hh-rlhf").pairs["context"].list.eval(pl.element().struct.field("role"))
+    roles = read_real("hh_rlhf", real_data / "hh-rlhf").pairs["context"].list.eval(pl.element().struct.field("role"))
     assert set(roles.list.first()) == set(roles.list.last()) == {"user"}
 
 
 def test_real_prompts_have_no_html_left(real_data: Path) -> None:
-    pairs = read("stack_exchange", real_data / "stack-exchange").pairs
+    pairs = read_real("stack_exchange", real_data / "stack-exchange").pairs
     assert not pairs["prompt"].str.contains(r"</?(?:p|pre|em|strong|blockquote)>").any()
 
 
@@ -84,7 +90,7 @@ def test_real_latex_survives_unescaped(real_data: Path) -> None:
 
 
 def test_pairs_of_one_question_are_widest_gap_first(real_data: Path) -> None:
-    pairs = read("stack_exchange", real_data / "stack-exchange").pairs
+    pairs = read_real("stack_exchange", real_data / "stack-exchange").pairs
     gaps = pairs.select("origin", gap=pl.col("score_chosen") - pl.col("score_rejected"))
     assert gaps["gap"].min() > 0
     assert all(frame["gap"].is_sorted(descending=True) for frame in gaps.partition_by("origin"))
