@@ -202,14 +202,14 @@ class BaseModelSettings(Settings):
     max_prompt_tokens: int = Field(default=96, ge=8, description="longer contexts lose their beginning")
     max_reply_tokens: int = Field(default=32, ge=4, description="longer replies lose their end")
     steps: int = Field(
-        default=300, ge=0, description="steps of supervised fine-tuning on the chosen replies; 0 leaves the model as it is"
+        default=500, ge=0, description="steps of supervised fine-tuning on the chosen replies; 0 leaves the model as it is"
     )
     batch_size: int = Field(default=64, ge=1, description="sequences a step")
     learning_rate: float = Field(default=3e-3, gt=0, le=1, description="peak learning rate of AdamW")
 
 
 class RewardModelSettings(Settings):
-    steps: int = Field(default=300, ge=1, description="optimizer steps")
+    steps: int = Field(default=400, ge=1, description="optimizer steps")
     pairs_per_step: int = Field(default=32, ge=1, description="preference pairs a step")
     tokens_per_batch: int = Field(
         default=4096, ge=64, description="tokens computed at a time; a step of more is accumulated over several batches"
@@ -259,7 +259,7 @@ class RewardModelSettings(Settings):
 
 
 class GrpoSettings(Settings):
-    steps: int = Field(default=100, ge=1, description="steps at most, each a rollout; the KL budget may end a run sooner")
+    steps: int = Field(default=60, ge=1, description="steps at most, each a rollout; the KL budget may end a run sooner")
     prompts_per_step: int = Field(default=8, ge=1, description="prompts a step")
     group_size: int = Field(default=8, ge=2, description="completions sampled of every prompt (G)")
     max_new_tokens: int = Field(default=24, ge=1, description="longest completion")
@@ -320,7 +320,7 @@ class GrpoSettings(Settings):
     )
     log_every: int = Field(default=10, ge=1, description="steps between points of the curves")
     evaluate_every: int = Field(
-        default=25,
+        default=20,
         ge=1,
         description="steps between answers to held-out prompts; the last weights inside the KL budget are kept",
     )
