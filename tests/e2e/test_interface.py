@@ -99,7 +99,7 @@ def test_launching_all_assets_for_one_seed_materializes_the_graph(interface: Int
     assert status == "SUCCESS"
 
     nodes = {node["assetKey"]["path"][0]: node for node in interface.ask(ASSETS)["assetNodes"]}
-    assert len(nodes) == 22
+    assert len(nodes) == 24
     for name, node in nodes.items():
         assert node["description"], name
         (made,) = node["assetMaterializations"]
