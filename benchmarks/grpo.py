@@ -14,12 +14,9 @@ is the faster of the two without checkpointing), `cpu_ratio_vs_...` (the same of
 every side's own figures, or null for a side that `failed`, with the reason. Without fast bfloat16 all sides compute in float32.
 """
 
-import argparse
 import json
 import statistics
-import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +24,15 @@ import polars as pl
 import torch
 
 from benchmarks.trl_work import (
-    SHAPES,
+    arguments,
     cpu_name,
-    fast_precision,
     new_language_model,
     new_reward_model,
     new_tokenizer,
     real_pairs,
     short_prompts,
 )
-from benchmarks.turns import Side, Step, Turns
+from benchmarks.turns import Side, Step, Turns, take_turns
 
 PROMPTS, GROUP, NEW_TOKENS, BETA, LEARNING_RATE, WARM_UP = 8, 8, 64, 0.04, 1e-6, 1
 SIDES = ("trl_defaults", "trl_large", "trl_small", "ours")
@@ -45,23 +41,22 @@ VERBATIM = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # prompts ar
 
 
 def main() -> None:
-    asked = _arguments()
-    if not find_spec("trl"):
-        sys.exit("TRL is not installed: make bench installs it, or pip install -c constraints.txt -e '.[bench]'")
-    steps = WARM_UP + (asked.steps or STEPS[asked.model])
+    asked = arguments(__doc__, SIDES, STEPS)
+    steps = WARM_UP + asked.steps
     texts = real_pairs()
     tokenizer = new_tokenizer(texts)
     prompts = short_prompts(texts, tokenizer)[: PROMPTS * steps]
-    precision = fast_precision() if asked.precision == "auto" else asked.precision
     with tempfile.TemporaryDirectory(prefix="densityrm.") as folder:
         _save_models(Path(folder), asked.model, tokenizer)
-        sides = {name: Side(_run, name, prompts, folder, precision, asked.threads) for name in asked.sides}
-        for _ in range(steps):
-            for side in sides.values():
-                side.step()
-        for side in sides.values():
-            side.end()
-    about = {"model": asked.model, "precision": precision, "threads": asked.threads, "steps": steps - WARM_UP, "cpu": cpu_name()}
+        sides = {name: Side(_run, name, prompts, folder, asked.precision, asked.threads) for name in asked.sides}
+        take_turns(sides, steps)
+    about = {
+        "model": asked.model,
+        "precision": asked.precision,
+        "threads": asked.threads,
+        "steps": asked.steps,
+        "cpu": cpu_name(),
+    }
     print(json.dumps({**_compare(sides), **about}))
 
 
@@ -213,16 +208,6 @@ def _time_reference(turns: Turns, trainer: Any) -> None:
         return method(model, *arguments, **named)
 
     trainer._get_per_token_logps_and_entropies = only_reference
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="5m", choices=SHAPES)
-    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, help=f"timed steps, by default {STEPS}")
-    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

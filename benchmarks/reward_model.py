@@ -16,30 +16,26 @@ seconds of all steps together), `cpu_ratio_vs_...` (the same of CPU seconds, whi
 or null for a side that `failed`, with the reason.
 """
 
-import argparse
 import json
 import random
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.trl_work import (
-    SHAPES,
     IdPair,
+    arguments,
     cpu_name,
-    fast_precision,
     new_reward_model,
     new_tokenizer,
     real_pairs,
     tokenize,
 )
-from benchmarks.turns import Side, Step, Turns
+from benchmarks.turns import Side, Step, Turns, take_turns
 from densityrm_core.ranks import SOLO
 
 PAIRS, LONGEST, WARM_UP, LEARNING_RATE = 16, 512, 2, 1e-4
@@ -48,27 +44,25 @@ STEPS = {"5m": 12, "47m": 6, "135m": 4}
 
 
 def main() -> None:
-    asked = _arguments()
-    if not find_spec("trl"):
-        sys.exit("TRL is not installed: make bench installs it, or pip install -c constraints.txt -e '.[bench]'")
-    steps = asked.steps or STEPS[asked.model]
+    asked = arguments(__doc__, SIDES, STEPS)
     texts = real_pairs()
     tokenizer = new_tokenizer(texts)
-    warm_up, timed = _batches(tokenize(texts, tokenizer, LONGEST), steps)
+    warm_up, timed = _batches(tokenize(texts, tokenizer, LONGEST), asked.steps)
     mixed, grouped = warm_up + random.Random(0).sample(timed, len(timed)), warm_up + timed
-    precision = fast_precision() if asked.precision == "auto" else asked.precision
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         sides: dict[str, Side] = {}
         for name in asked.sides:
             pairs = grouped if name in ("trl_tuned", "trl_micro") else mixed
-            sides[name] = Side(_run, name, pairs, asked.model, folder, precision, asked.threads)
-        for _ in range(WARM_UP + steps):
-            for side in sides.values():
-                side.step()
-        for side in sides.values():
-            side.end()
-    about = {"model": asked.model, "precision": precision, "threads": asked.threads, "steps": steps, "cpu": cpu_name()}
+            sides[name] = Side(_run, name, pairs, asked.model, folder, asked.precision, asked.threads)
+        take_turns(sides, WARM_UP + asked.steps)
+    about = {
+        "model": asked.model,
+        "precision": asked.precision,
+        "threads": asked.threads,
+        "steps": asked.steps,
+        "cpu": cpu_name(),
+    }
     print(json.dumps({**_compare(sides), **about}))
 
 
@@ -207,16 +201,6 @@ def _train_trl(turns: Turns, model: Any, tokenizer: Any, pairs: list[IdPair], pr
         callbacks=[InTurn()],
     )
     trainer.train()
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="5m", choices=SHAPES)
-    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, help=f"timed steps, by default {STEPS}")
-    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """The work that is given to TRL and to us alike: real pairs as ids, and models of random weights."""
 
+import argparse
 import gzip
 import json
 import os
 import random
 import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,32 @@ SHAPES = {
 
 Texts = tuple[str, str]
 IdPair = tuple[list[int], list[int]]
+
+
+def arguments(description: str | None, sides: Sequence[str], steps: Mapping[str, int]) -> argparse.Namespace:
+    """What a benchmark beside TRL is asked: model, precision, threads, steps and sides. Exits with a message without TRL.
+
+    Args:
+        steps: timed steps of each model, unless the command says otherwise.
+
+    Returns:
+        with `precision` resolved to bf16, where this machine multiplies it fast, or fp32; and `steps` to a number.
+    """
+    from densityrm_core.hardware import fast_bfloat16
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="5m", choices=SHAPES)
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, help=f"timed steps, by default {steps}")
+    parser.add_argument("--sides", nargs="+", default=sides, choices=sides)
+    asked = parser.parse_args()
+    if not find_spec("trl"):
+        sys.exit("TRL is not installed: make bench installs it, or pip install -c constraints.txt -e '.[bench]'")
+    if asked.precision == "auto":
+        asked.precision = "bf16" if fast_bfloat16() else "fp32"
+    asked.steps = asked.steps or steps[asked.model]
+    return asked
 
 
 def real_pairs() -> list[Texts]:
@@ -107,13 +136,6 @@ def short_prompts(pairs: list[Texts], tokenizer: PreTrainedTokenizerFast) -> lis
     prompts = list(dict.fromkeys(chosen[: chosen.rfind(mark) + len(mark)] for chosen, _ in pairs))
     lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     return [prompt for prompt, length in zip(prompts, lengths, strict=True) if 48 <= length <= 80]
-
-
-def fast_precision() -> str:
-    """bf16 where this machine multiplies it fast, else fp32."""
-    from densityrm_core.hardware import fast_bfloat16
-
-    return "bf16" if fast_bfloat16() else "fp32"
 
 
 def cpu_name() -> str:

@@ -3,7 +3,7 @@
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -91,6 +91,15 @@ class Side:
         self._pipe.close()
         self._process.terminate()
         self._process.join()
+
+
+def take_turns(sides: Mapping[str, Side], rounds: int) -> None:
+    """Let every side do a step a round, then end them all."""
+    for _ in range(rounds):
+        for side in sides.values():
+            side.step()
+    for side in sides.values():
+        side.end()
 
 
 def available_memory() -> int:

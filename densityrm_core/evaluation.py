@@ -180,9 +180,8 @@ def _per_reply(model: Any, prompts: list[list[int]], groups: Groups, exam: Polic
     own, entropy = likelihood(model, batch, exam.grpo.temperature, entropy=True)
     assert entropy is not None
     gap = own - (own if model is exam.base else log_probs(exam.base, batch, exam.grpo.temperature))
-    sums = torch.zeros(2, len(batch.ends), device=gap.device).index_add_(1, batch.branch, torch.stack([gap, entropy]))
-    tokens = torch.bincount(batch.branch, minlength=len(batch.ends))
-    return sums[0].tolist(), (sums[1] / tokens).tolist()
+    kl, entropies, tokens = batch.totals(torch.stack([gap, entropy, torch.ones_like(gap)]))
+    return kl.tolist(), (entropies / tokens).tolist()
 
 
 def _rewards(asked: pl.DataFrame, prompts: list[list[int]], groups: Groups, exam: PolicyExam) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from densityrm_core.decoding import Decoding, prompt_keys
 from densityrm_core.engines import Engine
-from densityrm_core.grpo_loss import completion_weights, group_advantages, penalised
+from densityrm_core.grpo_loss import completion_weights, group_advantages, penalised, within_groups
 from densityrm_core.packing import Ids, Packed, pack, split_by_tokens
 from densityrm_core.rewarder import Rewarder
 from densityrm_core.sampling import Sampler
@@ -165,11 +165,9 @@ class Collector:
                 f"at step {step + 1} the reward model gave no completion a finite reward; evaluate it, and train it again"
             )
         replies = [reply for group in asked for reply in group.replies]
-        gap = (rewards - rewards.where(finite, torch.nan).nanmean(1, keepdim=True)).where(finite, 0)
-        spread = (gap.square().sum(1) / (finite.sum(1) - 1).clamp(min=1)).sqrt()
         return {
             "reward/mean": rewards[finite].mean().item(),
-            "reward/std_in_group": spread.mean().item(),
+            "reward/std_in_group": within_groups(rewards)[1].mean().item(),
             "reward/not_finite": float((~finite).sum()),
             "groups/dropped": float(self._settings.prompts_per_step - used),
             "groups/asked": float(len(asked)),

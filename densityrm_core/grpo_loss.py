@@ -25,14 +25,22 @@ def group_advantages(rewards: Tensor, scale: Literal["std", "none", "batch"] = "
     Returns:
         (prompts, group), 0 where a completion has no reward.
     """
-    present = rewards.isfinite()
-    gap = (rewards - rewards.nanmean(1, keepdim=True)).where(present, 0)
+    gap, deviation = within_groups(rewards)
     if scale == "none":
         return gap
     if scale == "batch":
-        return gap / (rewards[present].std() + _EPSILON)
-    count = present.sum(1, keepdim=True)
-    return gap / ((gap.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + _EPSILON)
+        return gap / (rewards[rewards.isfinite()].std() + _EPSILON)
+    return gap / (deviation[:, None] + _EPSILON)
+
+
+def within_groups(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Each reward less its group's mean, (prompts, group), and every group's standard deviation, (prompts,).
+
+    What is not finite takes no part: its difference is 0. A group of one reward has the deviation 0.
+    """
+    present = rewards.isfinite()
+    gap = (rewards - rewards.where(present, torch.nan).nanmean(1, keepdim=True)).where(present, 0)
+    return gap, (gap.square().sum(1) / (present.sum(1) - 1).clamp(min=1)).sqrt()
 
 
 def completion_weights(lengths: Tensor, average: Literal["completion", "token", "constant"], longest: int) -> Tensor:

@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from densityrm_core.models import ModelError, load_codec, load_reward_model
-from densityrm_core.scoring import score_groups
+from densityrm_core.models import ModelError
+from densityrm_core.scorer import load_scorer
 from densityrm_core.settings import PlantedSettings
 from densityrm_core.sources.planted import PlantedWorld
 
@@ -42,15 +40,4 @@ def load_judge(folder: Path, device: str = "cpu") -> Judge:
         ]
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder} holds neither a planted rule nor a reward model; materialize rm_judge again")
-    return _model_judge(load_reward_model(folder, device), folder)
-
-
-def _model_judge(model: Any, folder: Path) -> Judge:
-    codec = load_codec(folder)
-
-    def judge(contexts: Sequence[Context], replies: Sequence[str]) -> list[float]:
-        prompts = [codec.prompt(context) for context in contexts]
-        with torch.no_grad():
-            return score_groups(model, prompts, [[codec.reply(reply)] for reply in replies]).tolist()
-
-    return judge
+    return load_scorer(folder, device).score

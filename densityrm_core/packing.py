@@ -40,6 +40,10 @@ class Packed:
     targets: Tensor  # (tokens,) the branch tokens
     branch: Tensor  # (tokens,) number of the branch each target belongs to
 
+    def totals(self, of_tokens: Tensor) -> Tensor:
+        """Sums over the tokens of every branch, (..., tokens) -> (..., branches)."""
+        return of_tokens.new_zeros(*of_tokens.shape[:-1], len(self.ends)).index_add(-1, self.branch, of_tokens)
+
 
 def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Packed:
     """One row of (prompt ids, branches), in order; neither a prompt nor a branch may be empty."""

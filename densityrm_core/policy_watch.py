@@ -44,7 +44,7 @@ class PolicyWatch:
         self._decoding = Decoding(settings.max_new_tokens, settings.temperature)
         self._memory = memory
         memory[_ROWS] = []
-        self._highest_kl = 0.0
+        self.highest_kl = 0.0  # upper end of the one-sided 95 % interval of the KL a sequence at the last look, in nats
 
     def look(self, step: int, engine: Engine, policy: Any, reference: Any) -> dict[str, float]:
         """Sample after `step` optimizer steps; means of what is measured, none without watched prompts."""
@@ -63,18 +63,13 @@ class PolicyWatch:
             tokens=pl.Series([len(answer) for answer in answers], dtype=pl.Int64),
         )
         self._memory[_ROWS] = [*self._memory[_ROWS], *rows.to_dicts()]
-        self._highest_kl = kl.mean().item() + (_ONE_SIDED * kl.std().item() / len(kl) ** 0.5 if len(kl) > 1 else 0.0)
+        self.highest_kl = kl.mean().item() + (_ONE_SIDED * kl.std().item() / len(kl) ** 0.5 if len(kl) > 1 else 0.0)
         finite = rewards[rewards.isfinite()]
         return {
             "eval/reward": finite.mean().item() if len(finite) else 0.0,
             "eval/kl": kl.mean().item(),
             "eval/tokens": sum(map(len, answers)) / len(answers),
         }
-
-    @property
-    def highest_kl(self) -> float:
-        """Upper end of the one-sided 95 % interval of the KL a sequence at the last look, in nats; 0 if nothing is watched."""
-        return self._highest_kl
 
     @property
     def completions(self) -> pl.DataFrame:
@@ -92,5 +87,5 @@ def sequence_kl(
     for part in split_by_tokens(packed, settings.tokens_per_batch):
         batch = pack([packed[number] for number in part], policy.device)
         gap = log_probs(policy, batch, settings.temperature) - log_probs(reference, batch, settings.temperature)
-        parts.append(gap.new_zeros(len(batch.ends)).index_add_(0, batch.branch, gap).cpu())
+        parts.append(batch.totals(gap).cpu())
     return torch.cat(parts)
