@@ -179,7 +179,8 @@ def _limits(experiment: Experiment, sizes: dict[str, Any]) -> str:
     judge = "the planted rule" if experiment.judge.kind == "planted" else "one reward model, trained on its own split"
     return (
         f"Limits: with {_count(seeds, 'seed')} the intervals miss part of the difference between training runs and are "
-        f"optimistic. The judge is {judge}. The verdict on policies compares arms where training ended; the table at equal KL "
+        "optimistic; one base model serves all seeds, so the chance in its own training is in no interval. "
+        f"The judge is {judge}. The verdict on policies compares arms where training ended; the table at equal KL "
         "compares them where they are equally far from the base policy. The two hypotheses are not corrected for each other. "
         "The verdict holds for these models and data only."
     )
