@@ -202,14 +202,14 @@ class BaseModelSettings(Settings):
     max_prompt_tokens: int = Field(default=96, ge=8, description="longer contexts lose their beginning")
     max_reply_tokens: int = Field(default=32, ge=4, description="longer replies lose their end")
     steps: int = Field(
-        default=500, ge=0, description="steps of supervised fine-tuning on the chosen replies; 0 leaves the model as it is"
+        default=250, ge=0, description="steps of supervised fine-tuning on the chosen replies; 0 leaves the model as it is"
     )
     batch_size: int = Field(default=64, ge=1, description="sequences a step")
     learning_rate: float = Field(default=3e-3, gt=0, le=1, description="peak learning rate of AdamW")
 
 
 class RewardModelSettings(Settings):
-    steps: int = Field(default=400, ge=1, description="optimizer steps")
+    steps: int = Field(default=250, ge=1, description="optimizer steps")
     pairs_per_step: int = Field(default=32, ge=1, description="preference pairs a step")
     tokens_per_batch: int = Field(
         default=4096, ge=64, description="tokens computed at a time; a step of more is accumulated over several batches"
@@ -247,7 +247,7 @@ class RewardModelSettings(Settings):
     keep: Literal["best", "last"] = Field(
         default="best", description="which weights are kept: those of the lowest validation loss, or the last"
     )
-    evaluate_every: int = Field(default=100, ge=1, description="steps between evaluations on the validation split")
+    evaluate_every: int = Field(default=50, ge=1, description="steps between evaluations on the validation split")
 
     @model_validator(mode="after")
     def _agrees_on_scores(self) -> RewardModelSettings:
@@ -337,7 +337,7 @@ class JudgeSettings(Settings):
     kind: Literal["planted", "model"] = Field(
         default="planted", description="the planted rule (exact), or a reward model of the judge split"
     )
-    steps: int = Field(default=400, ge=1, description="model: optimizer steps of the judge")
+    steps: int = Field(default=250, ge=1, description="model: optimizer steps of the judge")
 
 
 class EvaluationSettings(Settings):
