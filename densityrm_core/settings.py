@@ -209,7 +209,7 @@ class BaseModelSettings(Settings):
 
 
 class RewardModelSettings(Settings):
-    steps: int = Field(default=250, ge=1, description="optimizer steps")
+    steps: int = Field(default=200, ge=1, description="optimizer steps")
     pairs_per_step: int = Field(default=32, ge=1, description="preference pairs a step")
     tokens_per_batch: int = Field(
         default=4096, ge=64, description="tokens computed at a time; a step of more is accumulated over several batches"
@@ -337,7 +337,7 @@ class JudgeSettings(Settings):
     kind: Literal["planted", "model"] = Field(
         default="planted", description="the planted rule (exact), or a reward model of the judge split"
     )
-    steps: int = Field(default=250, ge=1, description="model: optimizer steps of the judge")
+    steps: int = Field(default=200, ge=1, description="model: optimizer steps of the judge")
 
 
 class EvaluationSettings(Settings):
