@@ -132,6 +132,7 @@ def _train_ours(turns: Turns, prompts: list[str], folder: Path, precision: str) 
         prompts_per_step=PROMPTS,
         group_size=GROUP,
         max_new_tokens=NEW_TOKENS,
+        tokens_per_batch=1024,  # a prompt's group or two: on a CPU as fast as a whole step at a time, in half the memory
         learning_rate=LEARNING_RATE,
         kl_coefficient=BETA,
         kl_budget=None,

@@ -268,7 +268,7 @@ class GrpoSettings(Settings):
     )
     inner_epochs: int = Field(default=1, ge=1, description="mu: optimizer steps on one rollout [Shao et al. 2024, algorithm 1]")
     tokens_per_batch: int = Field(
-        default=8192, ge=64, description="tokens computed at a time; a step of more is accumulated over several batches"
+        default=2048, ge=64, description="tokens computed at a time; a step of more is accumulated over several batches"
     )
     learning_rate: float = Field(default=2e-4, gt=0, le=1, description="peak learning rate of AdamW")
     warmup: Fraction = Field(default=0.05, description="share of the steps over which the learning rate rises")
