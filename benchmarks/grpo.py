@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.trl_work import (
     arguments,
-    cpu_name,
+    conditions,
     new_language_model,
     new_reward_model,
     new_tokenizer,
@@ -50,14 +50,7 @@ def main() -> None:
         _save_models(Path(folder), asked.model, tokenizer)
         sides = {name: Side(_run, name, prompts, folder, asked.precision, asked.threads) for name in asked.sides}
         take_turns(sides, steps)
-    about = {
-        "model": asked.model,
-        "precision": asked.precision,
-        "threads": asked.threads,
-        "steps": asked.steps,
-        "cpu": cpu_name(),
-    }
-    print(json.dumps({**_compare(sides), **about}))
+    print(json.dumps({**_compare(sides), **conditions(asked)}))
 
 
 def _save_models(folder: Path, shape: str, tokenizer: Any) -> None:

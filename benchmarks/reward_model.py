@@ -29,7 +29,7 @@ import torch
 from benchmarks.trl_work import (
     IdPair,
     arguments,
-    cpu_name,
+    conditions,
     new_reward_model,
     new_tokenizer,
     real_pairs,
@@ -56,14 +56,7 @@ def main() -> None:
             pairs = grouped if name in ("trl_tuned", "trl_micro") else mixed
             sides[name] = Side(_run, name, pairs, asked.model, folder, asked.precision, asked.threads)
         take_turns(sides, WARM_UP + asked.steps)
-    about = {
-        "model": asked.model,
-        "precision": asked.precision,
-        "threads": asked.threads,
-        "steps": asked.steps,
-        "cpu": cpu_name(),
-    }
-    print(json.dumps({**_compare(sides), **about}))
+    print(json.dumps({**_compare(sides), **conditions(asked)}))
 
 
 def _batches(pairs: list[IdPair], steps: int) -> tuple[list[IdPair], list[IdPair]]:

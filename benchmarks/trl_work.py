@@ -52,6 +52,11 @@ def arguments(description: str | None, sides: Sequence[str], steps: Mapping[str,
     return asked
 
 
+def conditions(asked: argparse.Namespace) -> dict[str, Any]:
+    """What a measurement holds for, as its last line tells it."""
+    return {**{name: getattr(asked, name) for name in ("model", "precision", "threads", "steps")}, "cpu": _cpu_name()}
+
+
 def real_pairs() -> list[Texts]:
     """Whole conversations (chosen, rejected) of the harmless-base test split of HH-RLHF, in a fixed random order.
 
@@ -138,7 +143,7 @@ def short_prompts(pairs: list[Texts], tokenizer: PreTrainedTokenizerFast) -> lis
     return [prompt for prompt, length in zip(prompts, lengths, strict=True) if 48 <= length <= 80]
 
 
-def cpu_name() -> str:
+def _cpu_name() -> str:
     """As the system calls it."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
