@@ -209,7 +209,7 @@ class BaseModelSettings(Settings):
 
 
 class RewardModelSettings(Settings):
-    steps: int = Field(default=200, ge=1, description="optimizer steps")
+    steps: int = Field(default=150, ge=1, description="optimizer steps")
     pairs_per_step: int = Field(default=32, ge=1, description="preference pairs a step")
     tokens_per_batch: int = Field(
         default=4096, ge=64, description="tokens computed at a time; a step of more is accumulated over several batches"
@@ -259,7 +259,7 @@ class RewardModelSettings(Settings):
 
 
 class GrpoSettings(Settings):
-    steps: int = Field(default=60, ge=1, description="steps at most, each a rollout; the KL budget may end a run sooner")
+    steps: int = Field(default=40, ge=1, description="steps at most, each a rollout; the KL budget may end a run sooner")
     prompts_per_step: int = Field(default=8, ge=1, description="prompts a step")
     group_size: int = Field(default=8, ge=2, description="completions sampled of every prompt (G)")
     max_new_tokens: int = Field(default=24, ge=1, description="longest completion")
@@ -320,7 +320,7 @@ class GrpoSettings(Settings):
     )
     log_every: int = Field(default=10, ge=1, description="steps between points of the curves")
     evaluate_every: int = Field(
-        default=20,
+        default=10,
         ge=1,
         description="steps between answers to held-out prompts; the last weights inside the KL budget are kept",
     )
@@ -337,7 +337,7 @@ class JudgeSettings(Settings):
     kind: Literal["planted", "model"] = Field(
         default="planted", description="the planted rule (exact), or a reward model of the judge split"
     )
-    steps: int = Field(default=200, ge=1, description="model: optimizer steps of the judge")
+    steps: int = Field(default=150, ge=1, description="model: optimizer steps of the judge")
 
 
 class EvaluationSettings(Settings):
