@@ -31,7 +31,7 @@ def _base_model(experiment: Experiment, converted: Path) -> dg.AssetsDefinition:
 
     @dg.asset(
         **_COMMON,
-        code_version=version(2, experiment.base_model),
+        code_version=version(3, experiment.base_model),
         kinds={"pytorch", "huggingface"},
         ins={"preference_pairs": _PAIRS},
         automation_condition=on_new_content(),
