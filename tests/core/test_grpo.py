@@ -126,7 +126,7 @@ def test_a_policy_climbs_its_reward_model(base: Path, reward_model: Path, prompt
 
 def test_training_ends_once_the_kl_budget_is_spent_and_keeps_weights_inside_it(base: Path, prompts: pl.DataFrame):
     settings = GrpoSettings(
-        **{**QUICK, "steps": 150, "learning_rate": 2e-3, "kl_coefficient": 0.0, "kl_budget": 2.0, "evaluate_every": 2}
+        **{**QUICK, "steps": 150, "learning_rate": 5e-3, "kl_coefficient": 0.0, "kl_budget": 2.0, "evaluate_every": 2}
     )
     trained = train_policy(PolicyTask(base, share_of_a, prompts, prompts, settings, 0), Watch())
     assert trained.stopped_by_kl

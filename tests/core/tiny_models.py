@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from densityrm_core.models import new_reward_model, save_model, scratch_model
 from densityrm_core.settings import BaseModelSettings
 from densityrm_core.tokens import Codec
@@ -11,9 +13,11 @@ MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS = 48, 32
 
 
 def tiny_language_model(folder: Path) -> Path:
-    """An untrained language model with its tokenizer."""
+    """An untrained language model with its tokenizer; small embeddings, tied to the head, make its predictions nearly uniform."""
     settings = BaseModelSettings(vocab_size=300, hidden_size=32, layers=2)
     model, tokenizer = scratch_model(TEXTS * 5, settings)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(0.02 / model.config.initializer_range)
     save_model(model, Codec(tokenizer, MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS), folder, {})
     return folder
 
