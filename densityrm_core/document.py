@@ -8,6 +8,7 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,24 +43,30 @@ class Picture:
 
 
 Block = Text | Grid | Picture
+Drawing = Callable[[], bytes]
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: its blocks, the same numbers as a table, and its figures by file name."""
+    """A part of the report: its blocks, the same numbers as a table, and what draws its figures, by file name."""
 
     blocks: tuple[Block, ...]
     table: dict[str, Any]
-    figures: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    drawings: dict[str, Drawing] = field(default_factory=dict[str, Drawing])
 
 
 @dataclass(frozen=True)
 class Report:
-    """A report in blocks, the same numbers as a JSON-able `table`, and the figures by file name."""
+    """A report in blocks, the same numbers as a JSON-able `table`, and what draws the figures, by file name."""
 
     blocks: tuple[Block, ...]
     table: dict[str, Any]
-    figures: dict[str, bytes]
+    drawings: dict[str, Drawing] = field(compare=False)
+
+    @cached_property
+    def figures(self) -> dict[str, bytes]:
+        """PNG images by file name, drawn when they are first asked for: text and numbers do without."""
+        return {name: draw() for name, draw in self.drawings.items()}
 
     @property
     def markdown(self) -> str:

@@ -9,7 +9,7 @@ import polars as pl
 from densityrm_core import policy_plots, policy_tables
 from densityrm_core.arms import is_best_of
 from densityrm_core.bootstrap import Interval
-from densityrm_core.document import Block, Grid, Picture, Section, Text
+from densityrm_core.document import Block, Drawing, Grid, Picture, Section, Text
 from densityrm_core.equal_kl import LEAST_KL, EqualKl, compare_at_equal_kl
 from densityrm_core.policy_metrics import METRICS, measure, policies_of
 from densityrm_core.rm_rows import interval_of
@@ -45,11 +45,11 @@ def policy_section(policies: pl.DataFrame, curves: pl.DataFrame, diversity: pl.D
         return Section((Text("Policies", 2), nothing), {"arms": {}, "differences": {}, "equal_kl": None, "strata": []})
     measured, equal = measure(policies, diversity, n), compare_at_equal_kl(curves, n)
     paired = _differences(reply_means(policies), n)
-    figures = {
-        "policy_rewards.png": policy_plots.policy_rewards(measured),
-        "wins_by_decile.png": policy_plots.wins_by_decile(measured),
-        "reward_against_kl.png": policy_plots.reward_against_kl(curves),
-        "diversity.png": policy_plots.diversity(measured),
+    drawings: dict[str, Drawing] = {
+        "policy_rewards.png": lambda: policy_plots.policy_rewards(measured),
+        "wins_by_decile.png": lambda: policy_plots.wins_by_decile(measured),
+        "reward_against_kl.png": lambda: policy_plots.reward_against_kl(curves),
+        "diversity.png": lambda: policy_plots.diversity(measured),
     }
     table = {
         "arms": _arms(policies, measured),
@@ -62,7 +62,7 @@ def policy_section(policies: pl.DataFrame, curves: pl.DataFrame, diversity: pl.D
         "strata": measured.filter(pl.col("by") != "all").to_dicts(),
     }
     blocks = (Text("Policies", 2), *_blocks(measured, paired, equal), *(Picture(*it) for it in _PICTURES.items()))
-    return Section(blocks, table, figures)
+    return Section(blocks, table, drawings)
 
 
 def _blocks(measured: pl.DataFrame, paired: dict[str, dict[str, Interval | None]], equal: EqualKl) -> list[Block]:

@@ -85,7 +85,7 @@ def build_report(experiment: Experiment, rm: pl.DataFrame, policies: PolicyResul
         *(Text(f"- {remark}") for remark in remarks),
         Text(_limits(experiment, sizes)),
     )
-    return Report(blocks, finite(table), {**of_rm.figures, **of_policies.figures})
+    return Report(blocks, finite(table), {**of_rm.drawings, **of_policies.drawings})
 
 
 def _own_rows(frame: pl.DataFrame, experiment: Experiment, kind: str = "", remarks: list[str] | None = None) -> pl.DataFrame:

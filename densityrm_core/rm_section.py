@@ -6,7 +6,7 @@ import polars as pl
 
 from densityrm_core import rm_plots, rm_tables
 from densityrm_core.bootstrap import Interval
-from densityrm_core.document import Grid, Picture, Section, Text
+from densityrm_core.document import Drawing, Grid, Picture, Section, Text
 from densityrm_core.rm_comparison import agreement, measure_sets
 from densityrm_core.rm_metrics import METRICS, measure, reliability
 from densityrm_core.rm_rows import NAMES, interval_of, models_of
@@ -27,10 +27,10 @@ def reward_model_section(rm: pl.DataFrame, n: int) -> Section:
     """The section on reward models, from rows of RM_EVALUATION that may lack any of them; `n` bootstrap resamples."""
     measured, alike, sets = measure(rm, n), agreement(rm, n), measure_sets(rm, n)
     accuracy, models = _accuracies(rm, n), models_of(measured)
-    figures: dict[str, bytes] = {}
+    drawings: dict[str, Drawing] = {}
     if models:
-        figures["accuracy_by_decile.png"] = rm_plots.accuracy_by_decile(measured)
-        figures["reliability.png"] = rm_plots.reliability_diagram(reliability(rm, n), measured)
+        drawings["accuracy_by_decile.png"] = lambda: rm_plots.accuracy_by_decile(measured)
+        drawings["reliability.png"] = lambda: rm_plots.reliability_diagram(reliability(rm, n), measured)
     table = {
         "accuracy": accuracy,
         "metrics": {m: {x: interval_of(measured, by="all", model=m, metric=x) for x in METRICS} for m in models},
@@ -42,9 +42,9 @@ def reward_model_section(rm: pl.DataFrame, n: int) -> Section:
         _accuracy_grid(accuracy),
         *([Text(_BASELINES)] if set(models) - {"rm_uniform", "rm_density"} else []),
         *_grids(measured, alike, sets),
-        *(Picture(name, caption) for name, caption in _PICTURES.items() if name in figures),
+        *(Picture(name, caption) for name, caption in _PICTURES.items() if name in drawings),
     )
-    return Section(blocks, table, figures)
+    return Section(blocks, table, drawings)
 
 
 def _accuracies(rm: pl.DataFrame, n: int) -> dict[str, dict[str, Interval | None]]:
