@@ -6,7 +6,7 @@ the test split is touched once, here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,18 +50,21 @@ def watched_pairs(validation: pl.DataFrame, strata: pl.DataFrame, most: int = 51
     return chosen.join(of_chosen, on="pair_id", how="left", maintain_order="left").select(_COLUMNS)
 
 
-def evaluate_reward_model(folder: Path, exam: pl.DataFrame, device: str = "cpu") -> pl.DataFrame:
+def evaluate_reward_model(
+    folder: Path, exam: pl.DataFrame, device: str = "cpu", report: Callable[[int, int], None] = lambda done, total: None
+) -> pl.DataFrame:
     """A reward model's rewards of every pair: the columns of tables.RM_EVALUATION but seed, model and fingerprint.
 
     Args:
         folder: the reward model.
         exam: of `exam_pairs`.
+        report: called with the number of pairs that are scored, and of all.
 
     Raises:
         EvaluationError: a reward is not finite.
     """
     codec = load_codec(folder)
-    scored = score_pairs(load_reward_model(folder, device), tokenize_pairs(exam, codec))
+    scored = score_pairs(load_reward_model(folder, device), tokenize_pairs(exam, codec), report)
     chosen, rejected = (part.double().numpy() for part in scored)
     if faults := int((~np.isfinite(chosen)).sum() + (~np.isfinite(rejected)).sum()):
         raise EvaluationError(f"{folder}: {faults:,} rewards are not finite numbers; train this reward model again")

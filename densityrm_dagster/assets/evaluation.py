@@ -17,6 +17,7 @@ from densityrm_dagster.freshness import version
 from densityrm_dagster.io_managers import TABLE, FolderIOManager
 from densityrm_dagster.metadata import folder_output, same_columns, table_output
 from densityrm_dagster.partitions import seed_of, seed_partitions
+from densityrm_dagster.terminal import counted
 from densityrm_dagster.tracking import set_up_torch
 
 _COMMON = {"group_name": "evaluation", "owners": OWNERS, "automation_condition": on_new_content()}
@@ -62,7 +63,10 @@ def _rm_evaluation(experiment: Experiment, downloads: Path) -> dg.AssetsDefiniti
         with clear_failures():
             sets = [read_set(name, path, downloads) for name, path in experiment.evaluation.sets.items()]
             exam = exam_pairs(preference_pairs, pair_weights, [found.pairs for found in sets])
-            answers = {n: evaluate_reward_model(f, exam, device) for n, f in zip(_REWARD_MODELS, made_by, strict=True)}
+            answers = {
+                name: evaluate_reward_model(folder, exam, device, counted(context.log.info, f"pairs scored by {name}"))
+                for name, folder in zip(_REWARD_MODELS, made_by, strict=True)
+            }
             answers |= {name: evaluate_baseline(it, exam) for name, it in fit_baselines(preference_pairs).items()}
         rows = pl.concat(with_key(frame, tables.RM_EVALUATION, model=name, **key) for name, frame in answers.items())
         card, told = measurements(rows, sets, experiment.evaluation.bootstrap)

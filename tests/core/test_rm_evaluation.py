@@ -10,9 +10,11 @@ import pytest
 
 import densityrm_core
 import densityrm_dagster
-from densityrm_core.rm_evaluation import evaluate_baseline, exam_pairs
+from densityrm_core.rm_evaluation import evaluate_baseline, evaluate_reward_model, exam_pairs
 from densityrm_core.rm_rows import checked
 from densityrm_core.tables import RM_EVALUATION
+
+from .tiny_models import tiny_reward_model
 
 CONTEXT = [{"role": "user", "content": "Hi?"}]
 PAIRS = pl.DataFrame(
@@ -28,6 +30,13 @@ SET = PAIRS.head(1).with_columns(set=pl.lit("bench"), decile=pl.lit(None, pl.Int
 def test_the_exam_is_the_test_split_and_the_further_sets():
     exam = exam_pairs(PAIRS.lazy(), STRATA.lazy(), [SET])
     assert exam.select("set", "pair_id", "decile").rows() == [("test", "b", 7), ("test", "c", 2), ("bench", "a", None)]
+
+
+def test_progress_is_told_until_every_pair_is_scored(tmp_path: Path):
+    exam, told = pl.concat([exam_pairs(PAIRS.lazy(), STRATA.lazy())] * 400), []
+    rows = evaluate_reward_model(tiny_reward_model(tmp_path), exam, report=lambda done, total: told.append((done, total)))
+    assert len(rows) == 800 and len(told) > 1
+    assert told == sorted(set(told)) and told[-1] == (800, 800)
 
 
 def test_rows_tell_lengths_in_characters_and_who_is_right():
