@@ -6,7 +6,7 @@ the test split is touched once, here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import polars as pl
 
 from densityrm_core.baselines import Baseline
 from densityrm_core.models import load_codec, load_reward_model
-from densityrm_core.scoring import score_pairs, tokenize_pairs
+from densityrm_core.scoring import Report, score_pairs, tokenize_pairs
 
 Rewards = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
@@ -50,9 +50,7 @@ def watched_pairs(validation: pl.DataFrame, strata: pl.DataFrame, most: int = 51
     return chosen.join(of_chosen, on="pair_id", how="left", maintain_order="left").select(_COLUMNS)
 
 
-def evaluate_reward_model(
-    folder: Path, exam: pl.DataFrame, device: str = "cpu", report: Callable[[int, int], None] = lambda done, total: None
-) -> pl.DataFrame:
+def evaluate_reward_model(folder: Path, exam: pl.DataFrame, device: str = "cpu", report: Report | None = None) -> pl.DataFrame:
     """A reward model's rewards of every pair: the columns of tables.RM_EVALUATION but seed, model and fingerprint.
 
     Args:

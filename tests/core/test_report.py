@@ -240,6 +240,20 @@ def test_embedded_images_are_the_figures():
     assert images == list(report.figures.values()) and len(images) == 6
 
 
+@pytest.mark.parametrize(
+    ("rm", "rows"),
+    [
+        (rm_rows(0.2).filter(pl.col("prompt_id") == "0"), policy_rows(0.5).filter(pl.col("policy") != "base")),
+        (rm_rows(0.2, seeds=(0,)), policy_rows(0.5, arms="ac", seeds=(0,), base_seeds=(0,))),
+        (with_longer_reply(rm_rows(0.2)), policy_rows(0.5, arms="abcd", base_seeds=(0,))),
+    ],
+    ids=["one prompt, no base policy", "one seed, no arm B", "a baseline and arm D"],
+)
+def test_figures_are_drawn_of_whatever_there_is(rm, rows):
+    figures = build_report(EXPERIMENT, rm, results(rows)).figures
+    assert len(figures) == 6 and all(image.startswith(b"\x89PNG") for image in figures.values())
+
+
 def test_written_report_links_the_figures_beside_it(tmp_path):
     path = build_report(EXPERIMENT, rm_rows(0.2), policies(0.5)).write(tmp_path / "out")
     links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text())
