@@ -129,7 +129,7 @@ def prepare(folder: Path) -> None:
     folders = Folders(folder, folder / "raw", folder / "shards")
     pairs = read_source("hh_rlhf", SourceSettings(), PlantedSettings(hh_rows=600), folders).pairs.frame()
     pairs.write_parquet(folder / "pairs.parquet")
-    model, codec = train_base_model(pairs, BaseModelSettings(steps=0, hidden_size=64, layers=2), Watch())
+    model, codec, _ = train_base_model(pairs, BaseModelSettings(steps=0, hidden_size=64, layers=2), Watch())
     save_model(model, codec, folder / "base", {})
     save_model(new_reward_model(folder / "base", 0), codec, folder / "rm", {})
 

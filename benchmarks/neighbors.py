@@ -18,12 +18,12 @@ from typing import Any
 import faiss
 import numpy as np
 import numpy.typing as npt
-import torch
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
 from benchmarks.measure import memory, reset_peak
 from benchmarks.vectors import clustered_vectors
+from densityrm_core.hardware import device_kind
 from densityrm_core.neighbors import build_search
 
 Floats = npt.NDArray[np.float32]
@@ -64,7 +64,7 @@ def main() -> None:
         "seconds": round(ours, 3),
         "faiss_seconds": round(flat, 3),
         "extra_mib": round(extra),
-        "amx": bool(torch.cpu.get_capabilities().get("amx_bf16")),
+        "device_kind": device_kind("cpu"),
     }
     print(json.dumps(result))
 

@@ -36,6 +36,7 @@ from benchmarks.trl_work import (
     tokenize,
 )
 from benchmarks.turns import Side, Step, Turns, take_turns
+from densityrm_core.precision import Precision
 from densityrm_core.ranks import SOLO
 
 PAIRS, LONGEST, WARM_UP, LEARNING_RATE = 16, 512, 2, 1e-4
@@ -104,7 +105,7 @@ def _figures(steps: list[Step]) -> dict[str, float]:
     }
 
 
-def _run(turns: Turns, side: str, pairs: list[IdPair], shape: str, folder: str, precision: str, threads: int) -> None:
+def _run(turns: Turns, side: str, pairs: list[IdPair], shape: str, folder: str, precision: Precision, threads: int) -> None:
     """All the steps of one side, in its own process."""
     from transformers import PreTrainedTokenizerFast
 
@@ -117,7 +118,7 @@ def _run(turns: Turns, side: str, pairs: list[IdPair], shape: str, folder: str, 
         _train_trl(turns, model, tokenizer, pairs, precision, side, folder)
 
 
-def _train_ours(turns: Turns, model: Any, pairs: list[IdPair], precision: str) -> None:
+def _train_ours(turns: Turns, model: Any, pairs: list[IdPair], precision: Precision) -> None:
     """densityrm_core's own loop and loss."""
     from densityrm_core.reward_model import batches_of, preference_loss
     from densityrm_core.scoring import PreferenceTokens
@@ -135,7 +136,7 @@ def _train_ours(turns: Turns, model: Any, pairs: list[IdPair], precision: str) -
         losses.clear()
         drawn = np.arange(step * PAIRS, (step + 1) * PAIRS)
         for batch in batches_of(train, drawn, settings.tokens_per_batch, SOLO):
-            loss, metrics = preference_loss(model, batch, targets, settings, precision == "bf16")
+            loss, metrics = preference_loss(model, batch, targets, settings, precision)
             losses.append(loss.item())
             yield loss, metrics
 

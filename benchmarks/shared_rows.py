@@ -31,7 +31,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folders = Folders(Path(folder), Path(folder, "raw"), Path(folder, "shards"))
         raw = read_source("hh_rlhf", experiment.sources.hh_rlhf, experiment.planted, folders).pairs.frame()
-        model, codec = train_base_model(raw, BaseModelSettings(steps=0), Watch())
+        model, codec, _ = train_base_model(raw, BaseModelSettings(steps=0), Watch())
         save_model(model, codec, Path(folder, "base"), {})
         model, codec = new_reward_model(Path(folder, "base"), seed=0), load_codec(Path(folder, "base"))
     batch = tokenize_pairs(raw.head(PAIRS), codec)

@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from densityrm_core.hardware import fast_bfloat16, processor_name
+
 TOKENIZER_SIZE = 8192
 EOS, PAD = "<|eos|>", "<|pad|>"
 # model type, layers, width, heads, key-value heads, width of the MLP, vocabulary
@@ -35,8 +37,6 @@ def arguments(description: str | None, sides: Sequence[str], steps: Mapping[str,
     Returns:
         with `precision` resolved to bf16, where this machine multiplies it fast, or fp32; and `steps` to a number.
     """
-    from densityrm_core.hardware import fast_bfloat16
-
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="5m", choices=SHAPES)
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
@@ -54,7 +54,7 @@ def arguments(description: str | None, sides: Sequence[str], steps: Mapping[str,
 
 def conditions(asked: argparse.Namespace) -> dict[str, Any]:
     """What a measurement holds for, as its last line tells it."""
-    return {**{name: getattr(asked, name) for name in ("model", "precision", "threads", "steps")}, "cpu": _cpu_name()}
+    return {**{name: getattr(asked, name) for name in ("model", "precision", "threads", "steps")}, "cpu": processor_name()}
 
 
 def real_pairs() -> list[Texts]:
@@ -141,9 +141,3 @@ def short_prompts(pairs: list[Texts], tokenizer: PreTrainedTokenizerFast) -> lis
     prompts = list(dict.fromkeys(chosen[: chosen.rfind(mark) + len(mark)] for chosen, _ in pairs))
     lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     return [prompt for prompt, length in zip(prompts, lengths, strict=True) if 48 <= length <= 80]
-
-
-def _cpu_name() -> str:
-    """As the system calls it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import memory
+from densityrm_core.hardware import available_memory
 
 _SPARE = 2**30  # bytes that no side may take: for the others, and for the system
 
@@ -100,18 +100,6 @@ def take_turns(sides: Mapping[str, Side], rounds: int) -> None:
             side.step()
     for side in sides.values():
         side.end()
-
-
-def available_memory() -> int:
-    """Bytes that a new process could take: of the machine, and of the control group where that is less."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
 
 
 def _work(pipe: Connection, work: Callable[..., None], arguments: tuple[object, ...]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from densityrm_core.attention import packed_attention
+from densityrm_core.choices import take
 from densityrm_core.models import ModelError
 from densityrm_core.packing import backbone_of, decoder_layers, why_padded
 from densityrm_core.ranks import Ranks, shard
@@ -31,7 +32,7 @@ def adapt(model: Any, settings: RewardModelSettings, compute: ComputeSettings, s
         _recompute_activations(model)
     if compute.shard and ranks.size > 1:
         shard(backbone_of(model), _layers(model), ranks)
-    if compute.compile:
+    if take("compile", "on" if compute.compile else "off") == "on":
         for layer in _layers(model):
             layer.compile(dynamic=True)
     return finish

@@ -4,29 +4,37 @@ All tokens of a batch stand in one row, and one rule says who sees whom: a token
 up to itself. On CPUs neighbouring groups form spans of some hundred tokens, each one call of PyTorch's attention under the rule's
 mask, so linear layers run on the distinct tokens and nothing else, and attention is quadratic in a span, not in the batch. Of a
 large group each branch is a span of its own, which also sees the prompt in the span of the first branch. On CUDA the rule is the
-mask of FlexAttention [Dong et al. 2024], which skips blocks that nobody sees; there it has not been run: the tests compare the
-rule and its plumbing with the spans on the CPU, forward.
+mask of FlexAttention [Dong et al. 2024], compiled, which skips blocks that nobody sees. `attention_kernel` takes either on any
+device, and FlexAttention as PyTorch computes it without compiling, which has a backward pass on CPUs too.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from densityrm_core.choices import take
+
+Kernel = Literal["spans", "flex", "flex_eager"]
+
 NAME = "densityrm_packed"
+_VARIANTS = 64  # of compiled attention in one process
 _SPAN = 128  # tokens of neighbouring groups that share one call; a larger group has a call of its own
 _ATTENTION = ("self_attn", "attn")
 # What a decoder layer computes of every token by itself, but for keys and values: Llama's, Qwen's and NanoChat's names, GPT-2's
 _TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "attn.c_proj")
+_wanted: ContextVar[Literal["auto", Kernel]] = ContextVar("attention kernel", default="auto")
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Layout:
     """Spans of a packed row of T tokens: `sizes`, their tokens n; `masks`, 0 where a token may look, or -inf, float32.
 
     A mask is (n, n), or (n, p + n) where the p tokens of the prompt stand in another span. With `blocks`, the same for
-    FlexAttention, the spans are not used. `narrow`: of the last layer, these rows only.
+    FlexAttention, which is `compiled` or not, the spans are not used. `narrow`: of the last layer, these rows only.
     """
 
     sizes: tuple[int, ...]
@@ -62,17 +70,44 @@ class Layout:
     group: Tensor  # (T,) int64
     branch: Tensor  # (T,) int64, 0 in a prompt, from 1 in the branches
     blocks: BlockMask | None = None
+    compiled: bool = True
     narrow: Narrow | None = None
 
 
+def resolve_kernel(device: str) -> Kernel:
+    """What `attention_kernel` asks for on a device; where it asks for nothing, FlexAttention on CUDA, and spans elsewhere."""
+    wanted = _wanted.get()
+    if wanted != "auto":
+        return take("attention", wanted)
+    return take("attention", "flex" if device.startswith("cuda") else "spans")
+
+
+def use_kernel(wanted: Literal["auto", Kernel]) -> None:
+    """From now on rows that are laid out attend so, in this process; see `attention_kernel`."""
+    _wanted.set(wanted)
+
+
+@contextlib.contextmanager
+def attention_kernel(wanted: Literal["auto", Kernel]) -> Generator[None]:
+    """Within, rows that are laid out attend so: `spans`; `flex`, FlexAttention compiled, whose backward pass needs a GPU;
+    `flex_eager`, the same without compiling; or `auto`, as the device of the rows suggests."""
+    before = _wanted.set(wanted)
+    try:
+        yield
+    finally:
+        _wanted.reset(before)
+
+
 def lay_out(groups: Sequence[tuple[int, Sequence[int]]], device: torch.device | str = "cpu") -> Layout:
-    """The layout of groups given as (tokens of the prompt, tokens of each branch), in order."""
+    """The layout of groups given as (tokens of the prompt, tokens of each branch), in order, for the kernel of the device."""
+    kernel = resolve_kernel(str(device))
     runs = [(number, place, size) for number, (p, bs) in enumerate(groups) for place, size in enumerate((p, *bs))]
     group, branch, lengths = torch.tensor(runs, dtype=torch.long).reshape(-1, 3).T
     group, branch = group.repeat_interleave(lengths), branch.repeat_interleave(lengths)
     sizes, prompts = _spans(groups)
-    if torch.device(device).type == "cuda":
-        return with_blocks(Layout(sizes, (), prompts, group.to(device), branch.to(device)))
+    if kernel != "spans":
+        layout = Layout(sizes, (), prompts, group.to(device), branch.to(device), compiled=kernel == "flex")
+        return replace(layout, blocks=_blocks(layout))
     parts = list(zip(group.split(sizes), branch.split(sizes), strict=True))
     masks = [
         (_mask(*ids) if prompt is None else _mask_behind(prompt.tokens, len(ids[0]))).to(device)
@@ -107,11 +142,6 @@ def _apart(prompt: int, branches: Sequence[int]) -> bool:
     """Whether a call for each branch multiplies less than half of what one call for the group does."""
     whole = (prompt + sum(branches)) ** 2
     return len(branches) > 2 and whole > 2 * (prompt**2 + sum(branch * (prompt + branch) for branch in branches))
-
-
-def with_blocks(layout: Layout) -> Layout:
-    """The layout for FlexAttention."""
-    return replace(layout, blocks=_blocks(layout))
 
 
 @contextlib.contextmanager
@@ -210,14 +240,39 @@ def _attend_blocks(
     if dropout:
         raise ValueError("packed rows have no attention dropout on this device: set the model's attention dropout to 0")
     query, key = query.to(value.dtype), key.to(value.dtype)
-    flex = _fused() if query.is_cuda else flex_attention
     grouped = query.shape[1] != key.shape[1]
-    return flex(query, key, value, block_mask=asked.blocks, scale=scaling, enable_gqa=grouped).transpose(1, 2)
+    named: Any = {"block_mask": asked.blocks, "scale": scaling, "enable_gqa": grouped}
+    if not layout.compiled:
+        eager: Any = flex.flex_attention
+        with _backward_on_any_device():
+            return eager(query, key, value, **named).transpose(1, 2)
+    if query.device.type == "cpu" and not torch.is_grad_enabled():
+        query, key, value = query.detach(), key.detach(), value.detach()  # it refuses what could be differentiated
+    return _compiled_flex()(query, key, value, **named).transpose(1, 2)
 
 
 @cache
-def _fused() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+def _compiled_flex() -> Any:
+    """Compiled anew for every precision, with and without gradients, for whole and narrowed layers: more than Dynamo allows by
+    default. Beyond its limit it would go on uncompiled without a word, holding all scores; `fullgraph` makes that an error."""
+    limits: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]  the place that its documentation names
+    limits.recompile_limit = max(limits.recompile_limit, _VARIANTS)
+    return torch.compile(flex.flex_attention, dynamic=True, fullgraph=True)
+
+
+@contextlib.contextmanager
+def _backward_on_any_device() -> Generator[None]:
+    """FlexAttention refuses a backward pass on CPUs, compiled or not, though only the compiled one is missing there."""
+    refuse = "_validate_device"
+    former = getattr(flex, refuse)
+    setattr(flex, refuse, _accept)
+    try:
+        yield
+    finally:
+        setattr(flex, refuse, former)
+
+
+def _accept(*_: Tensor) -> None: ...
 
 
 def _blocks(layout: Layout, rows: Tensor | None = None) -> BlockMask:

@@ -159,6 +159,7 @@ def _searching(settings: DensitySettings, compute: ComputeSettings, say: Say) ->
         recall=settings.recall,
         threads=compute.search_threads,
         max_memory=int(compute.max_memory_gib * 2**30),
+        arithmetic=compute.search_arithmetic,
         say=say,
     )
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from densityrm_core.choices import take
 from densityrm_core.hardware import fast_bfloat16
 from densityrm_core.model_files import EmbeddingError, located, normalize, not_to_be_had, split_kind
 from densityrm_core.settings import EmbeddingSettings
@@ -58,8 +59,8 @@ def encoder_of_texts(settings: EmbeddingSettings, threads: int = 2, device: str 
 def dtype_of(settings: EmbeddingSettings, device: str) -> str:
     """The precision of the encoder's weights: as set, or what the hardware is fast at."""
     if settings.dtype != "auto":
-        return settings.dtype
-    return "bfloat16" if fast_bfloat16(device) else "float32"
+        return take("encoder", settings.dtype)
+    return take("encoder", "bfloat16" if fast_bfloat16(device) else "float32")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,16 @@ class _Work:
     threads: int
     device: str
     dtype: torch.dtype
+
+    @property
+    def workers(self) -> int:
+        """Batches that are computed at a time: one on a GPU, which is busy with one."""
+        return self.threads if self.device == "cpu" else 1
+
+    @property
+    def tokens(self) -> int:
+        """Of a batch, padding included."""
+        return self.tokens_per_batch * (1 if self.device == "cpu" else _GPU_TOKENS)
 
 
 class Encoder(ABC):
@@ -99,23 +110,15 @@ class Encoder(ABC):
                 done += len(rows)
                 report(done)
 
-        batches = list(_batches([len(x) for x in ids], self._tokens()))
-        if self._work.device == "cpu":
-            before = torch.get_num_threads()
-            with ThreadPoolExecutor(self._work.threads, initializer=lambda: torch.set_num_threads(1)) as pool:
-                list(pool.map(work, batches))
-            torch.set_num_threads(before)
-        else:
-            for rows in batches:
-                work(rows)
+        before = torch.get_num_threads()
+        with ThreadPoolExecutor(self._work.workers, initializer=lambda: torch.set_num_threads(1)) as pool:
+            list(pool.map(work, _batches([len(x) for x in ids], self._work.tokens)))
+        torch.set_num_threads(before)
         return normalize(vectors), truncated
 
     @abstractmethod
     def _embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Vectors (b, d) of token ids (b, t), padded on the right where `mask` (b, t) is 0."""
-
-    def _tokens(self) -> int:
-        return self._work.tokens_per_batch * (1 if self._work.device == "cpu" else _GPU_TOKENS)
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], Flags]:
         if not texts:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
 from densityrm_core.decoding import Decoding
-from densityrm_core.packing import Ids
+from densityrm_core.packing import Ids, treat_alike
+from densityrm_core.precision import Precision
 from densityrm_core.rollout import Rollout, sample_completions
 from densityrm_core.streams import Words
 
@@ -25,20 +26,15 @@ class Engine(Protocol):
 class TransformersEngine:
     """The policy, or a bfloat16 copy of it: under autocast every token would convert all weights again."""
 
-    def __init__(self, policy: Any, eos: int, bfloat16: Callable[[], bool] = lambda: False) -> None:
-        self._policy, self._eos, self._bfloat16 = policy, eos, bfloat16
-        self._copy: Any = None
+    def __init__(self, policy: Any, eos: int, precision: Precision = "fp32") -> None:
+        self._policy, self._eos, self._sampled_from = policy, eos, policy
+        if precision == "bf16":
+            self._sampled_from = copy.deepcopy(policy).to(torch.bfloat16).requires_grad_(False)
+            treat_alike(self._sampled_from, policy)
 
     def sample(self, prompts: Sequence[Ids], group_size: int, decoding: Decoding, keys: Words) -> Rollout:
         """See Engine."""
-        return sample_completions(self._current(), prompts, self._eos, group_size, decoding, keys)
-
-    @torch.no_grad()
-    def _current(self) -> Any:
-        if not self._bfloat16():
-            return self._policy
-        if self._copy is None:
-            self._copy = copy.deepcopy(self._policy).to(torch.bfloat16)
-        for kept, now in zip(self._copy.parameters(), self._policy.parameters(), strict=True):
-            kept.copy_(now)
-        return self._copy
+        if self._sampled_from is not self._policy:
+            for kept, now in zip(self._sampled_from.parameters(), self._policy.parameters(), strict=True):
+                kept.copy_(now.detach())
+        return sample_completions(self._sampled_from, prompts, self._eos, group_size, decoding, keys)

@@ -159,7 +159,7 @@ def evaluate_policies(
     return answers | (best_of_n(exam) if exam.evaluation.best_of > 1 else {})
 
 
-def with_key(frame: pl.DataFrame, table: tables.Table, **key: str | int) -> pl.DataFrame:
+def with_key(frame: pl.DataFrame, table: tables.Table, **key: str | int | None) -> pl.DataFrame:
     """`frame` with the constant columns `key` added, in the table's order."""
     columns = [pl.lit(value, table.schema[name]).alias(name) for name, value in key.items()]
     return table.check(frame.with_columns(columns).select(table.schema.names()))

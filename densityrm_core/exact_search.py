@@ -12,14 +12,14 @@ import contextlib
 import threading
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from densityrm_core.scores import Kind, Scores, fastest
+from densityrm_core.scores import KINDS, Arithmetic, Scores, choose_arithmetic
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -37,8 +37,8 @@ class ExactSearch:
 
     recall = 1.0
 
-    def __init__(self, base: Vectors, threads: int, max_memory: int, kind: Kind | None = None) -> None:
-        """Args: base (n, d) unit vectors; max_memory in bytes, kept where `bytes_needed` is within it.
+    def __init__(self, base: Vectors, threads: int, max_memory: int, arithmetic: Literal["auto", Arithmetic] = "auto") -> None:
+        """Args: base (n, d) unit vectors; max_memory in bytes, kept where `bytes_needed` is within it; arithmetic of the scores.
 
         Raises:
             ValueError: a vector is not finite.
@@ -49,7 +49,7 @@ class ExactSearch:
             if base.dtype != np.float32:
                 self._base[start : start + _ROWS] = rows
         self._largest = float(max(self._base.max(initial=0), -self._base.min(initial=0)))
-        self._scores = (kind or fastest(base.shape[1]))(self._largest)
+        self._scores = KINDS[choose_arithmetic(arithmetic, base.shape[1])](self._largest)
         self._tiles = _tiles(self._base, self._scores)
         self._threads = threads
         span = min(_SPAN, len(self._tiles) * self._tiles[0].shape[1]) if self._tiles else 0

@@ -39,7 +39,15 @@ _NO_OUTCOME: Any = {
     "seeds": True,
     "arms": True,
     "name": True,
-    "compute": {"parsers", "search_threads", "checkpoint_every", "checkpoints_kept", "gradient_checkpointing", "shard"},
+    "compute": {
+        "parsers",
+        "search_threads",
+        "search_arithmetic",
+        "checkpoint_every",
+        "checkpoints_kept",
+        "gradient_checkpointing",
+        "shard",
+    },
     "density": {"map_points"},
     "evaluation": {"sets"},
 }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,19 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from densityrm_core.attention import attention_kernel, resolve_kernel
 from densityrm_core.checkpoints import Best, key_of
+from densityrm_core.choices import take
 from densityrm_core.decoding import Decoding
 from densityrm_core.engines import Engine, TransformersEngine
 from densityrm_core.experience import Batch, Collector, Experience, Questions
 from densityrm_core.grpo_loss import Sampled, policy_loss
+from densityrm_core.hardware import pick_device
 from densityrm_core.kl_control import KLControl
 from densityrm_core.likelihood import likelihood, log_probs
-from densityrm_core.models import ModelError, load_causal_lm, load_codec, pick_device
-from densityrm_core.packing import pack, split_by_tokens
+from densityrm_core.models import ModelError, load_causal_lm, load_codec, precision_of
 from densityrm_core.policy_watch import PolicyWatch
-from densityrm_core.precision import computing, takes_bfloat16
-from densityrm_core.ranks import SOLO
+from densityrm_core.precision import Precision, computing
 from densityrm_core.rewarder import Rewarder, RewardFunction, RewardScale, load_rewarder, scale_of
 from densityrm_core.rollout import sample_completions
 from densityrm_core.sampling import Sampler, make_sampler
@@ -72,6 +73,7 @@ class TrainedPolicy:
     stopped_by_kl: bool
     completions: pl.DataFrame  # tables.POLICY_COMPLETIONS
     metrics: dict[str, float]  # the last of each that there is
+    precision: Precision
 
     @property
     def how_it_went(self) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class TrainedPolicy:
     @property
     def card(self) -> dict[str, Any]:
         """What its folder says of it."""
-        return {**self.how_it_went, **self.scale.card}
+        return {**self.how_it_went, **self.scale.card, "precision": self.precision}
 
 
 def train_policy(task: PolicyTask, watch: Watch) -> TrainedPolicy:
@@ -91,7 +93,12 @@ def train_policy(task: PolicyTask, watch: Watch) -> TrainedPolicy:
         ModelError: a model cannot be loaded, or prompt and completion do not fit the base model's context.
         TrainingError: the loss is not finite, or the reward model gives no finite reward.
     """
-    settings, device = task.settings, pick_device(task.compute.device)
+    with attention_kernel(task.compute.attention):
+        return _train(task, watch, pick_device(task.compute.device))
+
+
+def _train(task: PolicyTask, watch: Watch, device: str) -> TrainedPolicy:
+    settings, precision = task.settings, precision_of(task.base, task.compute, device)
     codec = load_codec(task.base)
     policy, reference = load_causal_lm(task.base, device), load_causal_lm(task.base, device).eval().requires_grad_(False)
     asked, watched = (_questions(prompts, codec) for prompts in (task.prompts, task.watched))
@@ -99,15 +106,14 @@ def train_policy(task: PolicyTask, watch: Watch) -> TrainedPolicy:
     rewarder = load_rewarder(task.reward_model, codec, device)
     if isinstance(task.reward_model, Path) and scale_of(task.reward_model) is None:
         rewarder = rewarder.on(_scale_on_base(reference, rewarder, asked, task))
-    key = key_of(policy, rewarder.identity, *_identity(task, asked, watched, rewarder.scale))
+    key = key_of(policy, rewarder.identity, precision, resolve_kernel(device), *_identity(task, asked, watched, rewarder.scale))
     checkpoints = watch.checkpoints(key)
     memory: dict[str, list[Any]] = {}
     control = KLControl(settings, memory)
     looking = PolicyWatch(task.watched, watched, rewarder, settings, task.seed, memory)
-    bfloat16 = _Precision(policy, asked, task, memory)
-    engine = _engine(policy, codec, bfloat16, task)
+    engine = _engine(policy, codec, precision, task)
     collector = Collector(engine, rewarder, asked, _samplers(task), settings, task.seed)
-    updates = _Updates(policy, reference, collector, control, settings, bfloat16)
+    updates = _Updates(policy, reference, collector, control, settings, precision)
     inside = Best(checkpoints)
 
     def after(step: int) -> dict[str, float] | None:
@@ -134,31 +140,7 @@ def train_policy(task: PolicyTask, watch: Watch) -> TrainedPolicy:
     outside = stopped or not control.inside_budget(looking.highest_kl)
     kept = _back_inside(policy, task.base, inside) if outside else steps
     last = {name: value for _, metrics in watch.points for name, value in metrics.items() if name in _FINAL}
-    return TrainedPolicy(policy, codec, rewarder.scale, steps, kept, stopped, looking.completions, last)
-
-
-class _Precision:
-    """Whether this training computes in bfloat16: decided once, and remembered."""
-
-    def __init__(self, policy: Any, asked: Questions, task: PolicyTask, memory: dict[str, list[Any]]) -> None:
-        self._policy, self._asked, self._task, self._memory = policy, asked, task, memory
-
-    def __call__(self) -> bool:
-        if "bfloat16" not in self._memory:
-            ranks = replace(SOLO, device=str(self._policy.device))
-            self._memory["bfloat16"] = [float(takes_bfloat16(self._task.compute.precision, self._step, ranks))]
-        return bool(self._memory["bfloat16"][0])
-
-    def _step(self, bfloat16: bool) -> None:
-        """Forward and backward of a step's size, of prompts that answer themselves."""
-        settings = self._task.settings
-        prompts = self._asked.prompts[: settings.prompts_per_step]
-        groups = [(prompt, [prompt[: settings.max_new_tokens]] * settings.group_size) for prompt in prompts]
-        for part in split_by_tokens(groups, settings.tokens_per_batch)[:1]:
-            with computing(bfloat16, str(self._policy.device)):
-                found = log_probs(self._policy, pack([groups[number] for number in part], self._policy.device))
-            found.sum().backward()
-            self._policy.zero_grad()
+    return TrainedPolicy(policy, codec, rewarder.scale, steps, kept, stopped, looking.completions, last, precision)
 
 
 class _Updates:
@@ -171,10 +153,11 @@ class _Updates:
         collector: Collector,
         control: KLControl,
         settings: GrpoSettings,
-        bfloat16: Callable[[], bool],
+        precision: Precision,
     ) -> None:
         self._policy, self._reference, self._collector = policy, reference, collector
-        self._control, self._settings, self._bfloat16 = control, settings, bfloat16
+        self._control, self._settings = control, settings
+        self._precision: Precision = precision
         self._step = -1
         self._experience = Experience([], {})
         self._known: list[Sampled] = []
@@ -188,7 +171,7 @@ class _Updates:
             self._experience = self._collector.collect(step, self._policy.device)
         beta, drift, gap = self._control.beta, 0.0, 0.0
         for number, batch in enumerate(self._experience.batches):
-            with computing(self._bfloat16(), str(self._policy.device)):
+            with computing(self._precision, str(self._policy.device)):
                 current, entropy = likelihood(
                     self._policy, batch.packed, self._settings.temperature, bool(self._settings.entropy_bonus)
                 )
@@ -207,7 +190,7 @@ class _Updates:
         """On policy the log-probabilities of before are those of now, so the first update's ratio is exactly 1."""
         reference = None
         if self._needs_reference:
-            with torch.no_grad(), computing(self._bfloat16(), str(self._policy.device)):
+            with torch.no_grad(), computing(self._precision, str(self._policy.device)):
                 reference = log_probs(self._reference, batch.packed, self._settings.temperature)
         return Sampled(batch.packed.branch, current.detach(), reference, batch.advantage, batch.weight)
 
@@ -227,10 +210,10 @@ class _Updates:
         return self._settings.kl_coefficient > 0 or self._settings.kl_budget is not None
 
 
-def _engine(policy: Any, codec: Codec, bfloat16: Callable[[], bool], task: PolicyTask) -> Engine:
-    if task.compute.rollouts == "vllm":
+def _engine(policy: Any, codec: Codec, precision: Precision, task: PolicyTask) -> Engine:
+    if take("rollouts", task.compute.rollouts) == "vllm":
         return VllmEngine(policy, task.base, codec.eos)
-    return TransformersEngine(policy, codec.eos, bfloat16)
+    return TransformersEngine(policy, codec.eos, precision)
 
 
 def _questions(prompts: pl.DataFrame, codec: Codec) -> Questions:
@@ -291,6 +274,6 @@ def _plan(settings: GrpoSettings) -> Plan:
 def _identity(task: PolicyTask, asked: Questions, watched: Questions, scale: RewardScale) -> Iterator[str | bytes]:
     """All that a training depends on beside its models."""
     yield task.settings.model_dump_json() + task.sampling.model_dump_json()
-    yield task.compute.model_dump_json(include={"precision", "rollouts"}) + str(task.seed) + str(scale)
+    yield task.compute.rollouts + str(task.seed) + str(scale)
     yield task.prompts["weight"].to_numpy().tobytes()
     yield from (str(questions.prompts) for questions in (asked, watched))

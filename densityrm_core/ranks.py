@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from densityrm_core.choices import take
 
 _BUCKET = 2**24  # gradient elements that are summed at once, 64 MiB
 
@@ -73,8 +76,13 @@ def join(device: str) -> Ranks:
     """The rank of a process that torchrun started (gloo on CPU, nccl on CUDA); a rank of its own in any other process."""
     if not dist.is_torchelastic_launched():
         return Ranks(device=device)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    dist.init_process_group(take("ranks", backend_of(device)))
     return joined(device, dist.distributed_c10d.get_node_local_rank(0))
+
+
+def backend_of(device: str) -> Literal["nccl", "gloo"]:
+    """By which processes on this kind of device speak with one another."""
+    return "nccl" if device.startswith("cuda") else "gloo"
 
 
 def shard(backbone: torch.nn.Module, layers: Iterable[torch.nn.Module], ranks: Ranks) -> None:

@@ -48,14 +48,16 @@ def build_report(experiment: Experiment, rm: pl.DataFrame, policies: PolicyResul
         notes: sentences to print among the remarks.
 
     Raises:
-        ReportError: a seed's policies were evaluated, but their curves or their diversity are missing.
+        ReportError: a seed's policies were evaluated, but their curves or their diversity are missing; or models of one seed were
+            trained in different precisions. Where seeds differ in it, the report says so.
     """
     remarks = list(notes)
     rm = _own_rows(rm, experiment, "reward-model", remarks)
     found = _own_rows(policies.evaluation, experiment, "policy", remarks)
     curves, diversity = (_own_rows(frame, experiment) for frame in (policies.curves, policies.diversity))
     _refuse_incomplete(found, curves, diversity)
-    remarks += _missing(experiment, rm, found)
+    precisions = _precisions(rm, found)
+    remarks += _missing(experiment, rm, found) + _mixed(precisions)
     cells = reply_means(found)
 
     claim, n = experiment.evaluation.claim, experiment.evaluation.bootstrap
@@ -71,6 +73,7 @@ def build_report(experiment: Experiment, rm: pl.DataFrame, policies: PolicyResul
         "reward_model": {**vars(h1), **of_rm.table},
         "policy": {**vars(h2), **of_policies.table},
         "sizes": sizes,
+        "precision": precisions,
         "remarks": remarks,
     }
     blocks = (
@@ -81,7 +84,7 @@ def build_report(experiment: Experiment, rm: pl.DataFrame, policies: PolicyResul
         *of_rm.blocks,
         *of_policies.blocks,
         Text("What this rests on", heading=2),
-        Text(_basis(experiment, sizes)),
+        Text(_basis(experiment, sizes, precisions)),
         *(Text(f"- {remark}") for remark in remarks),
         Text(_limits(experiment, sizes)),
     )
@@ -111,6 +114,27 @@ def _refuse_incomplete(evaluation: pl.DataFrame, curves: pl.DataFrame, diversity
                 f"{name} has no rows of policy {policy}, seed {seed}, that go with its evaluation: materialize {name} "
                 f"for partition {seed} again, or the grpo_* assets of that partition if they are older"
             )
+
+
+def _precisions(*frames: pl.DataFrame) -> dict[str, list[int]]:
+    """The seeds whose models were trained in each precision. Raises ReportError if those of one seed differ."""
+    known = pl.concat([frame.select("seed", "precision") for frame in frames]).drop_nulls().unique().sort("seed", "precision")
+    for seed, found in known.group_by("seed", maintain_order=True).agg("precision").iter_rows():
+        if len(found) > 1:
+            raise ReportError(
+                f"models of seed {seed} were trained in {' and '.join(found)}, so that their difference is not that of sampling "
+                f"alone: materialize the rm_* and grpo_* assets of partition {seed} again, or set compute.precision"
+            )
+    seeds = known.group_by("precision", maintain_order=True).agg("seed").sort("precision")
+    return dict(seeds.iter_rows())
+
+
+def _mixed(precisions: dict[str, list[int]]) -> list[str]:
+    """A remark where seeds were trained in different precisions."""
+    if len(precisions) < 2:
+        return []
+    parts = " and ".join(f"{name} (seed {_list(seeds)})" for name, seeds in precisions.items())
+    return [f"models of two precisions are mixed here: {parts}; a difference between seeds may be one of arithmetic."]
 
 
 def _missing(experiment: Experiment, rm: pl.DataFrame, policies: pl.DataFrame) -> list[str]:
@@ -162,14 +186,19 @@ def _answer(overall: Verdict, h1: Verdict, h2: Verdict) -> str:
     )
 
 
-def _basis(experiment: Experiment, sizes: dict[str, Any]) -> str:
+def _trained_in(precisions: dict[str, list[int]]) -> str:
+    return f"All models were trained in {next(iter(precisions))}. " if len(precisions) == 1 else ""
+
+
+def _basis(experiment: Experiment, sizes: dict[str, Any], precisions: dict[str, list[int]]) -> str:
     rm, policy = sizes["reward_model"], sizes["policy"]
     return (
         f"Experiment {experiment.name}, fingerprint {experiment.fingerprint}. "
         f"Reward models: {_count(len(rm['seeds']), 'seed')}, {_count(rm['prompts'], 'prompt')}, "
         f"{_count(rm['pairs'], 'test pair')}, {rm['rare_pairs']:,} of them on prompts of the rare quartile. "
         f"Policies: {_count(len(policy['seeds']), 'seed')}, {_count(policy['prompts'], 'prompt')}, "
-        f"{_count(policy['samples'], 'sampled completion')} each. Judge rewards are those of the sampled completions; "
+        f"{_count(policy['samples'], 'sampled completion')} each. {_trained_in(precisions)}"
+        "Judge rewards are those of the sampled completions; "
         "the greedy completion stands apart. Differences are paired by seed and by test pair or prompt."
     )
 

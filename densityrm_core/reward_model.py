@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from densityrm_core.adaptation import adapt
+from densityrm_core.attention import attention_kernel, resolve_kernel
 from densityrm_core.checkpoints import Best, key_of
+from densityrm_core.choices import take
+from densityrm_core.hardware import pick_device
 from densityrm_core.losses import bradley_terry_loss, centering_penalty, correctness
-from densityrm_core.models import load_codec, load_reward_model, new_reward_model, pick_device, save_model
+from densityrm_core.models import load_codec, load_reward_model, new_reward_model, precision_of, save_model
 from densityrm_core.packing import pack, rewards, split_by_tokens
-from densityrm_core.precision import computing, takes_bfloat16
+from densityrm_core.precision import Precision, computing
 from densityrm_core.rank_processes import on_ranks
 from densityrm_core.ranks import Ranks, join
 from densityrm_core.sampling import make_sampler
@@ -64,12 +67,15 @@ class TrainedRewardModel:
     codec: Codec
     step: int
     metrics: dict[str, float]
+    precision: Precision
 
     @property
-    def card(self) -> dict[str, float]:
-        """What its folder says of the weights: their step, and the scale of their rewards if there was a validation split."""
+    def card(self) -> dict[str, Any]:
+        """What its folder says of it: the step of its weights, the precision they were trained in, and the scale of their rewards
+        if there was a validation split."""
         names = {"reward_mean": "eval/reward_mean", "reward_std": "eval/reward_std"}
-        return {"step": self.step, **{name: self.metrics[metric] for name, metric in names.items() if metric in self.metrics}}
+        scale = {name: self.metrics[metric] for name, metric in names.items() if metric in self.metrics}
+        return {"step": self.step, "precision": self.precision, **scale}
 
 
 def train_reward_model(task: RewardModelTask, watch: Watch) -> TrainedRewardModel:
@@ -81,50 +87,55 @@ def train_reward_model(task: RewardModelTask, watch: Watch) -> TrainedRewardMode
     device = pick_device(task.compute.device)
     ranks = join(device)
     if task.compute.ranks == 1 or ranks.size > 1:
+        if ranks.size == 1:
+            take("ranks", "alone")
         return _train(task, watch, ranks)
+    precision = precision_of(task.base, task.compute, device)
     with TemporaryDirectory(prefix="densityrm.") as out, told_to_end() as told:
         where = Path(out)
         heard = on_ranks(
             task.compute.ranks, device, _train_and_save, task, watch.folder, where, stop=lambda: told() or watch.should_stop()
         )
         step, metrics = _pass_on(heard, watch)
-        return TrainedRewardModel(load_reward_model(where, device), load_codec(where), step, metrics)
+        return TrainedRewardModel(load_reward_model(where, device), load_codec(where), step, metrics, precision)
 
 
 def _train(task: RewardModelTask, watch: Watch, ranks: Ranks) -> TrainedRewardModel:
+    with attention_kernel(task.compute.attention):
+        return _train_here(task, watch, ranks, precision_of(task.base, task.compute, ranks.device))
+
+
+def _train_here(task: RewardModelTask, watch: Watch, ranks: Ranks, precision: Precision) -> TrainedRewardModel:
     settings = task.settings
     codec = load_codec(task.base)
     model = new_reward_model(task.base, task.seed, ranks.device)
     targets = targets_of(task.pairs, task.weights, settings)
     train, held_out = tokenize_pairs(task.pairs, codec), tokenize_pairs(task.validation.head(_MAX_VALIDATION_PAIRS), codec)
-    key = key_of(model, *_identity(task, targets, train, held_out))
+    key = key_of(model, precision, resolve_kernel(ranks.device), *_identity(task, targets, train, held_out))
     plain = adapt(model, settings, task.compute, task.seed, ranks)
     sampler = make_sampler(task.weights, stream_seed(task.seed, "reward model", "pairs"), task.sampling)
     checkpoints = watch.checkpoints(key, ranks)
     best = Best(checkpoints)
-    memory: dict[str, list[Any]] = {}
 
     def parts_at(step: int) -> Iterator[Part]:
         drawn = sampler.batch(step, settings.pairs_per_step, ranks.rank, ranks.size)
-        batches = batches_of(train, drawn, settings.tokens_per_batch, ranks)
-        if "bfloat16" not in memory:
-            memory["bfloat16"] = [float(_measured(model, batches[0], targets, task, ranks))]
-        for batch in batches:
-            yield preference_loss(model, batch, targets, settings, bool(memory["bfloat16"][0]))
+        for batch in batches_of(train, drawn, settings.tokens_per_batch, ranks):
+            yield preference_loss(model, batch, targets, settings, precision)
 
     def after(step: int) -> dict[str, float] | None:
         if not held_out or (step % settings.evaluate_every and step != settings.steps):
             return None
-        with computing(bool(memory["bfloat16"][0]), ranks.device):
+        with computing(precision, ranks.device):
             metrics = _evaluate(model, held_out)
         if settings.keep == "best":
             best.offer(step, metrics["eval/loss"], model)
         return metrics
 
-    steps = optimize(model, _plan(settings), watch, parts_at, after, checkpoints=checkpoints, memory=memory, ranks=ranks)
+    steps = optimize(model, _plan(settings), watch, parts_at, after, checkpoints=checkpoints, ranks=ranks)
     step = (best.restore(model) if settings.keep == "best" else None) or steps
     metrics = dict(watch.points).get(step * settings.pairs_per_step, {})
-    return TrainedRewardModel(plain(), codec, step, {n: value for n, value in metrics.items() if n.startswith("eval/")})
+    evaluated = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+    return TrainedRewardModel(plain(), codec, step, evaluated, precision)
 
 
 @dataclass(frozen=True)
@@ -149,10 +160,10 @@ def batches_of(train: list[PreferenceTokens], drawn: npt.NDArray[np.int64], most
 
 
 def preference_loss(
-    model: Any, batch: Batch, targets: Targets, settings: RewardModelSettings, bfloat16: bool
+    model: Any, batch: Batch, targets: Targets, settings: RewardModelSettings, precision: Precision
 ) -> tuple[Tensor, dict[str, float]]:
     """What these pairs add to the mean over the step's pairs."""
-    with computing(bfloat16, str(model.device)):
+    with computing(precision, str(model.device)):
         chosen, rejected = rewards(model, pack([pair.group for pair in batch.pairs], model.device)).view(-1, 2).unbind(1)
     asked = targets.of(batch.numbers, chosen.device)
     loss = bradley_terry_loss(chosen, rejected, **asked)
@@ -160,16 +171,6 @@ def preference_loss(
     lead = (chosen - rejected).detach()
     metrics = {"train/accuracy": correctness(lead).mean().item(), "train/margin": lead.mean().item()}
     return batch.share * loss, {name: batch.share * value for name, value in metrics.items()}
-
-
-def _measured(model: Any, batch: Batch, targets: Targets, task: RewardModelTask, ranks: Ranks) -> bool:
-    """Whether this training computes in bfloat16."""
-
-    def forward_and_backward(bfloat16: bool) -> None:
-        preference_loss(model, batch, targets, task.settings, bfloat16)[0].backward()
-        model.zero_grad()
-
-    return takes_bfloat16(task.compute.precision, forward_and_backward, ranks)
 
 
 def _evaluate(model: Any, held_out: Sequence[PreferenceTokens]) -> dict[str, float]:
@@ -199,7 +200,7 @@ def _plan(settings: RewardModelSettings) -> Plan:
 def _identity(task: RewardModelTask, targets: Targets, *pairs: Sequence[PreferenceTokens]) -> Iterator[str | bytes]:
     """All that a training depends on beside its first weights."""
     yield task.settings.model_dump_json() + task.sampling.model_dump_json()
-    yield task.compute.model_dump_json(include={"precision", "compile", "ranks", "shard"}) + str(task.seed)
+    yield task.compute.model_dump_json(include={"compile", "ranks", "shard"}) + str(task.seed)
     yield task.weights.tobytes()
     yield from (target.numpy().tobytes() for target in (targets.margin, targets.label, targets.weight))
     yield from (str(pair) for part in pairs for pair in part)

@@ -175,7 +175,18 @@ class ComputeSettings(Settings):
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
-        description="of reward-model training: weights stay fp32, bf16 computes under autocast; auto: times one step of each",
+        description="of every training: weights stay fp32, bf16 computes under autocast; auto: bf16 for models of width 256 and "
+        "more where the device multiplies it in hardware, decided with the base model and kept for all that start from it",
+    )
+    attention: Literal["auto", "spans", "flex", "flex_eager"] = Field(
+        default="auto",
+        description="how packed rows attend: PyTorch's attention a span, or FlexAttention, compiled or not; auto: flex on a GPU, "
+        "else spans",
+    )
+    search_arithmetic: Literal["auto", "int8", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="in which the search for neighbours chooses its candidates; all find the same; auto: the fastest by the "
+        "processor's instruction sets",
     )
     rollouts: Literal["transformers", "vllm"] = Field(
         default="transformers", description="what samples completions; vllm needs a GPU and the extra of that name"
@@ -188,6 +199,10 @@ class ComputeSettings(Settings):
     shard: bool = Field(default=False, description="shard weights over the ranks (FSDP2), for models that one GPU cannot hold")
     checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints of a training")
     checkpoints_kept: int = Field(default=2, ge=1, description="checkpoints of a training that are kept, the last ones")
+
+    def arithmetic(self) -> dict[str, Any]:
+        """The settings that decide in which arithmetic a model is trained: with others it comes out otherwise."""
+        return self.model_dump(mode="json", include={"precision", "attention", "compile", "ranks", "rollouts"})
 
 
 class BaseModelSettings(Settings):

@@ -75,6 +75,8 @@ _SEED = Column("seed", pl.Int64(), "replicate of the experiment")
 _DECILE = Column("decile", pl.Int64(), "density decile of the prompt, cut on the training prompts: 1 the rarest tenth")
 _QUARTILE = Column("quartile", pl.Int64(), "density quartile of the prompt, cut on the training prompts: 1 the rarest quarter")
 
+_PRECISION = Column("precision", pl.String(), "fp32 or bf16, in which the row's models were trained; null of a baseline", True)
+
 _PAIR_COLUMNS = (
     Column("pair_id", pl.String(), "uuid5 of context, chosen and rejected: the same content has the same id"),
     _PROMPT_ID,
@@ -197,6 +199,7 @@ RM_EVALUATION = Table(
         Column("correct", pl.Float64(), "1 if chosen scores higher, 0 if lower, 0.5 if equal"),
         Column("chars_chosen", pl.Int64(), "length of the preferred reply in characters"),
         Column("chars_rejected", pl.Int64(), "length of the other reply in characters"),
+        _PRECISION,
         Column("fingerprint", pl.String(), "hash of the experiment that made this row"),
     ),
 )
@@ -232,6 +235,7 @@ POLICY_EVALUATION = Table(
             "entropy", pl.Float64(), "mean entropy of the distributions its tokens were drawn from, before top-k and top-p, nats"
         ),
         _TOKENS,
+        _PRECISION,
         _FINGERPRINT,
     ),
 )

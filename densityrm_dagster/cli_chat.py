@@ -92,7 +92,7 @@ def _reward_model(name: str | None) -> contextlib.AbstractContextManager[Path | 
 
 def _policy(folder: Path, max_new_tokens: int | None) -> "Policy":
     from densityrm_core.chat import load_policy
-    from densityrm_core.models import pick_device
+    from densityrm_core.hardware import pick_device
     from densityrm_dagster.tracking import set_up_torch
 
     compute = load_experiment().compute

@@ -69,7 +69,7 @@ def _score(rows: "Iterator[RawRow]", scorer: "Scorer", tally: "Tally", write: Ca
 
 def ready_scorer(folder: Path) -> "Scorer":
     """The reward model in a folder, torch set up as the experiment says; what is to know of it is said."""
-    from densityrm_core.models import pick_device
+    from densityrm_core.hardware import pick_device
     from densityrm_core.scorer import load_scorer
     from densityrm_dagster.tracking import set_up_torch
 

@@ -107,6 +107,16 @@ class MirroredRun:
         """Repeat the last values under `final/`, where runs are compared."""
         self.log(0, {f"final/{name.removeprefix('eval/').removeprefix('train/')}": value for name, value in metrics.items()})
 
+    def params(self, params: dict[str, str]) -> None:
+        """Further parameters, known only once the run is under way."""
+
+        def send() -> None:
+            from mlflow.entities import Param
+
+            self.client.log_batch(self.run_id, params=[Param(name, value) for name, value in params.items()])
+
+        self.attempt(send)
+
     def artifact(self, path: Path) -> None:
         self.attempt(lambda: self.client.log_artifact(self.run_id, str(path)))
 

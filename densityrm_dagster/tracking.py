@@ -1,6 +1,7 @@
 """A training run as Dagster and MLflow see it: progress, curves, links, report card."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import dagster as dg
 import polars as pl
 
 from densityrm_core import plots
+from densityrm_core.choices import Taken, noted
 from densityrm_core.experiment import Experiment
 from densityrm_core.settings import ComputeSettings, Settings
 from densityrm_dagster.metadata import plot
@@ -28,12 +30,18 @@ class Training:
     """A watch for the core's loops that speaks to Dagster's log and to MLflow, and turns into a report card."""
 
     def __init__(
-        self, context: dg.AssetExecutionContext, mirror: MirroredRun, unit: str, checkpoints: Path, compute: ComputeSettings
+        self,
+        context: dg.AssetExecutionContext,
+        mirror: MirroredRun,
+        unit: str,
+        checkpoints: Path,
+        compute: ComputeSettings,
+        taken: Taken,
     ) -> None:
         from densityrm_core.checkpoints import CheckpointFolder
         from densityrm_core.training import Watch
 
-        self._context, self._mirror, self._unit = context, mirror, unit
+        self._context, self._mirror, self._unit, self._taken = context, mirror, unit, taken
         self._started, self._said, self._resumed = time.monotonic(), 0.0, 0
         folder = CheckpointFolder(checkpoints, compute.checkpoint_every, compute.checkpoints_kept)
         self.watch = Watch(report=self._point, resumed=self._go_on, say=context.log.warning, folder=folder)
@@ -62,12 +70,22 @@ class Training:
         self._mirror.artifact(folder / "metrics.parquet")
         self._mirror.final(final)
         self._mirror.flush()
+        hardware = self._hardware()
+        self._mirror.params({f"hardware.{name}": value for name, value in hardware.items()})
         return {
             **{name.replace("/", "_"): value for name, value in final.items()},
             "seconds": round(time.monotonic() - self._started, 1),
+            "hardware": dg.MetadataValue.json(hardware),
             "curves": plot(plots.curves(frame, curves, f"{self._unit} seen")),
             **self._mirror.metadata(),
         }
+
+    def _hardware(self) -> dict[str, str]:
+        """What the training was computed on, and which of the branches that depend on it were taken (`choices`)."""
+        from densityrm_core.hardware import device_kind, processor_name
+
+        taken = {name.replace(" ", "_"): ", ".join(sorted(branches)) for name, branches in sorted(self._taken.items())}
+        return {**taken, "device_kind": device_kind(taken.get("device", "cpu")), "processor": processor_name()}
 
     def keep(self, folder: Path, name: str, frame: pl.DataFrame) -> None:
         """A table of the training: a Parquet file beside the model, and one that MLflow shows."""
@@ -107,8 +125,8 @@ def tracked(
     seed = partition_of(context) or "0"
     described = {"variant": variant, "seed": seed, "experiment": experiment.name, **params, **settings.model_dump(mode="json")}
     tags = tags_of(experiment) | {"densityrm.variant": variant}
-    with mlflow.run(context, group, described, tags, stopped=(TrainingStoppedError,)) as mirror:
-        yield Training(context, mirror, unit, checkpoints, experiment.compute)
+    with mlflow.run(context, group, described, tags, stopped=(TrainingStoppedError,)) as mirror, noted() as taken:
+        yield Training(context, mirror, unit, checkpoints, experiment.compute, taken)
 
 
 def tags_of(experiment: Experiment) -> dict[str, str]:
@@ -117,11 +135,15 @@ def tags_of(experiment: Experiment) -> dict[str, str]:
 
 
 def set_up_torch(compute: ComputeSettings) -> None:
-    """Threads of this process, and no kernels whose results differ from run to run."""
+    """Threads of this process, how packed rows attend in it, and no kernels whose results differ from run to run."""
     import torch
     from transformers.utils import logging
 
+    from densityrm_core.attention import use_kernel
+
     torch.set_num_threads(compute.threads)
+    use_kernel(compute.attention)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS sums in another order from run to run
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # no kernel here reads what it has not written
     logging.set_verbosity_error()

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from densityrm_core.choices import Taken, noted
 
 if TYPE_CHECKING:
     from xdist.remote import Producer
@@ -26,6 +29,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
             return GRAPH if nodeid.startswith(f"{GRAPH}/") else super()._split_scope(nodeid)
 
     return Scheduling(config, log)
+
+
+def not_taken(claims: Iterable[str], taken: Taken) -> list[str]:
+    """The claims `choice=branch` that did not come true."""
+    heard = {f"{choice}={branch}" for choice, branches in taken.items() for branch in branches}
+    return [claim for claim in claims if claim not in heard]
+
+
+@pytest.fixture(autouse=True)
+def branches_are_taken(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test marked `takes("choice=branch")` fails unless that branch of `densityrm_core.choices` is taken in it."""
+    claims = [claim for mark in request.node.iter_markers("takes") for claim in mark.args]
+    with noted() as taken:
+        yield
+    if claims and (missing := not_taken(claims, taken)):
+        pytest.fail(f"claims to take {', '.join(missing)}, but takes {taken}")
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ def _rm_evaluation(experiment: Experiment, downloads: Path) -> dg.AssetsDefiniti
         **_COMMON,
         kinds={"pytorch", "scikitlearn", "parquet"},
         io_manager_key="tables",
-        code_version=version(2, experiment.fingerprint, experiment.evaluation.sets),
+        code_version=version(3, experiment.fingerprint, experiment.evaluation.sets),
         metadata={TABLE: tables.RM_EVALUATION.name},
         partitions_def=seed_partitions(experiment),
         ins={name: _TABLES[name] for name in ("preference_pairs", "pair_weights")},
@@ -53,7 +53,8 @@ def _rm_evaluation(experiment: Experiment, downloads: Path) -> dg.AssetsDefiniti
         from densityrm_core.baselines import fit_baselines
         from densityrm_core.evaluation import with_key
         from densityrm_core.evaluation_sets import read_set
-        from densityrm_core.models import pick_device
+        from densityrm_core.hardware import pick_device
+        from densityrm_core.models import common_precision
         from densityrm_core.rm_evaluation import evaluate_baseline, evaluate_reward_model, exam_pairs
         from densityrm_dagster.rm_card import measurements
 
@@ -61,14 +62,18 @@ def _rm_evaluation(experiment: Experiment, downloads: Path) -> dg.AssetsDefiniti
         device, made_by = pick_device(experiment.compute.device), dict.fromkeys((rm_uniform, rm_density), experiment.reward_model)
         key: dict[str, Any] = {"seed": seed_of(context), "fingerprint": _fingerprint(context, experiment, made_by)}
         with clear_failures():
+            precision = common_precision(made_by)
             sets = [read_set(name, path, downloads) for name, path in experiment.evaluation.sets.items()]
             exam = exam_pairs(preference_pairs, pair_weights, [found.pairs for found in sets])
             answers = {
                 name: evaluate_reward_model(folder, exam, device, counted(context.log.info, f"pairs scored by {name}"))
                 for name, folder in zip(_REWARD_MODELS, made_by, strict=True)
             }
-            answers |= {name: evaluate_baseline(it, exam) for name, it in fit_baselines(preference_pairs).items()}
-        rows = pl.concat(with_key(frame, tables.RM_EVALUATION, model=name, **key) for name, frame in answers.items())
+            baselines = {name: evaluate_baseline(it, exam) for name, it in fit_baselines(preference_pairs).items()}
+        rows = pl.concat(
+            with_key(frame, tables.RM_EVALUATION, model=name, precision=precision if name in answers else None, **key)
+            for name, frame in (answers | baselines).items()
+        )
         card, told = measurements(rows, sets, experiment.evaluation.bootstrap)
         for line in told:
             context.log.info(line)
@@ -87,7 +92,7 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
         **_COMMON,
         kinds={"pytorch", "parquet"},
         io_manager_key="tables",
-        code_version=version(2, experiment.fingerprint, *experiment.arms),
+        code_version=version(3, experiment.fingerprint, *experiment.arms),
         metadata={TABLE: tables.POLICY_EVALUATION.name},
         partitions_def=seed_partitions(experiment),
         ins={name: _TABLES[name] for name in ("preference_pairs", "density_weights")} | _folders(experiment),
@@ -101,18 +106,20 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
     ) -> dg.Output[pl.DataFrame]:
         """Replies of the base policy and of every arm to the same held-out prompts, with the judge's and both models' rewards."""
         from densityrm_core.evaluation import evaluate_policies, held_out_prompts, open_exam, with_key
+        from densityrm_core.hardware import pick_device
         from densityrm_core.judge import load_judge
-        from densityrm_core.models import pick_device
+        from densityrm_core.models import common_precision
         from densityrm_dagster.policy_evaluation_card import evaluation_card
 
         set_up_torch(experiment.compute)
         device, settings = pick_device(experiment.compute.device), (experiment.evaluation, experiment.grpo)
         asked = held_out_prompts(preference_pairs, density_weights, experiment.evaluation.prompts)
         with clear_failures():
+            precision = common_precision(folder.values())
             reward_models, judge = {name: folder[name] for name in _REWARD_MODELS}, load_judge(folder["rm_judge"], device)
             exam = open_exam(folder["base_model"], reward_models, asked, judge, settings, seed_of(context), device)
             answers = evaluate_policies({arm: folder[f"grpo_{arm}"] for arm in experiment.arms}, exam, context.log.info)
-        key = _key(context, experiment, folder)
+        key = _key(context, experiment, folder) | {"precision": precision}
         rows = pl.concat(with_key(frame, tables.POLICY_EVALUATION, policy=name, **key) for name, frame in answers.items())
         lineage = same_columns("density_weights", "decile", "quartile") | same_columns("preference_pairs", "prompt_id")
         card = evaluation_card(rows, preference_pairs, experiment.evaluation.bootstrap)
@@ -139,8 +146,8 @@ def _policy_curves(experiment: Experiment) -> dg.AssetsDefinition:
     ) -> dg.Output[pl.DataFrame]:
         """The judge's reward of what every arm answered while it was trained, beside its KL from the base policy."""
         from densityrm_core.evaluation import with_key
+        from densityrm_core.hardware import pick_device
         from densityrm_core.judge import load_judge
-        from densityrm_core.models import pick_device
         from densityrm_core.policy_curves import judged_curve
         from densityrm_dagster.policy_evaluation_card import curves_card
 
@@ -173,7 +180,7 @@ def _policy_diversity(experiment: Experiment) -> dg.AssetsDefinition:
         """How different the sampled replies of every policy are, in words and in meaning, within a prompt and across prompts."""
         from densityrm_core.diversity import measure_diversity
         from densityrm_core.encoders import encoder_of_texts
-        from densityrm_core.models import pick_device
+        from densityrm_core.hardware import pick_device
         from densityrm_dagster.policy_evaluation_card import diversity_card
 
         set_up_torch(experiment.compute)
@@ -199,7 +206,7 @@ def _hypothesis_report(experiment: Experiment) -> dg.AssetsDefinition:
 
     @dg.asset(
         **_COMMON,
-        code_version=version(3, experiment.fingerprint),
+        code_version=version(4, experiment.fingerprint),
         kinds={"markdown"},
         io_manager_key="reports",
         ins={name: dg.AssetIn(input_manager_key="tables") for name in read},

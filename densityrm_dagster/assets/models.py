@@ -31,7 +31,7 @@ def _base_model(experiment: Experiment, converted: Path) -> dg.AssetsDefinition:
 
     @dg.asset(
         **_COMMON,
-        code_version=version(3, experiment.base_model),
+        code_version=version(4, experiment.base_model, experiment.compute.arithmetic()),
         kinds={"pytorch", "huggingface"},
         ins={"preference_pairs": _PAIRS},
         automation_condition=on_new_content(),
@@ -45,7 +45,7 @@ def _base_model(experiment: Experiment, converted: Path) -> dg.AssetsDefinition:
         mlflow: MLflowTracker,
     ) -> dg.Output[Path]:
         """Tokenizer and language model, tuned on the chosen replies: where every arm starts."""
-        from densityrm_core.models import pick_device, save_model
+        from densityrm_core.models import save_model
         from densityrm_core.sft import train_base_model
 
         settings, folder = chosen(config, experiment.base_model), folders.stage(context)
@@ -56,9 +56,9 @@ def _base_model(experiment: Experiment, converted: Path) -> dg.AssetsDefinition:
                 context, mlflow, experiment, POLICIES, settings, "base", "sequences", folders.checkpoints(context)
             ) as training,
         ):
-            device = pick_device(experiment.compute.device)
-            model, codec = train_base_model(train, settings, training.watch, device, converted)
-            save_model(model, codec, folder, {"settings": settings.model_dump(mode="json")})
+            trained = train_base_model(train, settings, training.watch, experiment.compute, converted)
+            model, codec = trained.model, trained.codec
+            save_model(model, codec, folder, {"settings": settings.model_dump(mode="json"), **trained.card})
             final = {"train/loss": training.watch.last("train/loss")} if settings.steps else {}
             card = training.finish(folder, final, ["train/loss"])
         size = {"parameters": model.num_parameters(), "vocabulary": len(codec.tokenizer), "truncated_texts": codec.truncated}
@@ -72,7 +72,7 @@ def _judge(experiment: Experiment) -> dg.AssetsDefinition:
 
     @dg.asset(
         **_COMMON,
-        code_version=version(2, experiment.judge, experiment.reward_model, experiment.planted),
+        code_version=version(3, experiment.judge, experiment.reward_model, experiment.planted, experiment.compute.arithmetic()),
         kinds={"pytorch", "huggingface"},
         ins={"preference_pairs": _PAIRS},
         automation_condition=on_new_content(),

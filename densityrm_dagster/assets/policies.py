@@ -37,7 +37,7 @@ def _policy(arm: Arm, experiment: Experiment) -> dg.AssetsDefinition:
         group_name="policies",
         kinds={"pytorch", "huggingface", "mlflow"},
         owners=OWNERS,
-        code_version=version(2, experiment.grpo, experiment.sampling),
+        code_version=version(3, experiment.grpo, experiment.sampling, experiment.compute.arithmetic()),
         io_manager_key="folders",
         partitions_def=seed_partitions(experiment),
         automation_condition=on_new_content(),
@@ -82,7 +82,7 @@ def _policy(arm: Arm, experiment: Experiment) -> dg.AssetsDefinition:
             save_model(trained.model, trained.codec, folder, card)
             training.keep(folder, "completions", trained.completions)
             shown = training.finish(folder, trained.metrics, ["reward/mean", "eval/reward", "eval/kl"])
-        shown |= {"training_prompts": asked.height, "settings": settings_table(settings)}
+        shown |= {"training_prompts": asked.height, "precision": trained.precision, "settings": settings_table(settings)}
         shown |= {**trained.how_it_went, **before_and_after(trained.completions, trained.kept_step)}
         yield folder_output(folder, shown)
         yield training.losses_finite()

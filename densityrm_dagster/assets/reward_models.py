@@ -46,7 +46,7 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
         group_name="reward_models",
         kinds={"pytorch", "huggingface", "mlflow"},
         owners=OWNERS,
-        code_version=version(3, experiment.reward_model, experiment.sampling),
+        code_version=version(4, experiment.reward_model, experiment.sampling, experiment.compute.arithmetic()),
         io_manager_key="folders",
         partitions_def=seed_partitions(experiment),
         automation_condition=on_new_content(),
@@ -107,6 +107,7 @@ def _training_card(task: "RewardModelTask", trained: "TrainedRewardModel") -> di
         "training_pairs": task.pairs.height,
         "truncated_texts": trained.codec.truncated,
         "kept_step": trained.step,
+        "precision": trained.precision,
     }
 
 

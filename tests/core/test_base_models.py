@@ -227,7 +227,7 @@ def test_a_tokenizer_without_end_of_sequence_is_refused_with_what_to_do(tmp_path
 
 def test_a_model_without_padding_token_gets_one_whose_embedding_is_the_mean(tmp_path: Path):
     folder = hugging_face_folder(tmp_path / "model")
-    model, codec = train_base_model(PAIRS, BaseModelSettings(model=str(folder), steps=0), Watch())
+    model, codec, _ = train_base_model(PAIRS, BaseModelSettings(model=str(folder), steps=0), Watch())
     save_model(model, codec, tmp_path / "base", {})
     saved, before = load_causal_lm(tmp_path / "base"), llama()
     assert codec.pad == saved.config.pad_token_id == 260
@@ -241,7 +241,7 @@ def test_the_end_of_sequence_is_trained_even_if_the_model_padded_with_it(tmp_pat
     folder = hugging_face_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": 0}))
-    model, _ = train_base_model(PAIRS, BaseModelSettings(model=str(folder), steps=0), Watch())
+    model, _, _ = train_base_model(PAIRS, BaseModelSettings(model=str(folder), steps=0), Watch())
     model(torch.tensor([[0, 1]]), labels=torch.tensor([[0, 1]])).loss.backward()
     assert model.get_input_embeddings().weight.grad[0].abs().sum() > 0
 

@@ -8,10 +8,11 @@ import pytest
 from densityrm_core.exact_search import ExactSearch, best_of
 from densityrm_core.index_search import build_index, exact_by_parts
 from densityrm_core.neighbors import build_search, exact_is_affordable, nearest
-from densityrm_core.scores import BFloat16Scores, Float32Scores, Int8Scores, Kind
+from densityrm_core.scores import Arithmetic, choose_arithmetic
 from tests.core.points import unit, vmf_mixture
 
-KINDS = pytest.mark.parametrize("kind", [Int8Scores, BFloat16Scores, Float32Scores])
+ARITHMETICS: list[Arithmetic] = ["int8", "bfloat16", "float32"]
+EACH = pytest.mark.parametrize("arithmetic", ARITHMETICS)
 MEMORY = 1 << 32
 
 
@@ -52,73 +53,90 @@ def assert_same(found: tuple[np.ndarray, np.ndarray], truth: np.ndarray, base: n
     assert (np.diff(np.sort(rows, axis=1), axis=1) > 0).all()
 
 
-@KINDS
+@EACH
 @pytest.mark.parametrize("k", [1, 10, 32])
-def test_every_arithmetic_finds_what_double_precision_finds(kind: Kind, k: int, clustered: np.ndarray, truth: np.ndarray):
+def test_every_arithmetic_finds_what_double_precision_finds(
+    arithmetic: Arithmetic, k: int, clustered: np.ndarray, truth: np.ndarray
+):
     own = np.arange(len(clustered))
-    found = ExactSearch(clustered, 2, MEMORY, kind).search(clustered, k, own)
+    found = ExactSearch(clustered, 2, MEMORY, arithmetic).search(clustered, k, own)
     assert_same(found, truth[:, :k], clustered, clustered, own)
 
 
-@KINDS
-def test_ties_are_broken_by_row_and_the_query_is_left_out_among_its_copies(kind: Kind, clustered: np.ndarray):
+@EACH
+def test_ties_are_broken_by_row_and_the_query_is_left_out_among_its_copies(arithmetic: Arithmetic, clustered: np.ndarray):
     own = np.array([17, 4000, 4039])
-    cosines, rows = ExactSearch(clustered, 1, MEMORY, kind).search(clustered[own], 40, own)
+    cosines, rows = ExactSearch(clustered, 1, MEMORY, arithmetic).search(clustered[own], 40, own)
     copies = [17, *range(4000, 4040)]
     for query, found in zip(own, rows, strict=True):
         assert found.tolist() == [row for row in copies if row != query]
     assert cosines == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.takes("search=int8", "search=bfloat16", "search=float32")
 def test_every_arithmetic_gives_the_same_bits(clustered: np.ndarray):
     own = np.arange(len(clustered))
-    found = [ExactSearch(clustered, 2, MEMORY, kind).search(clustered, 16, own) for kind in (Int8Scores, BFloat16Scores)]
-    found.append(ExactSearch(clustered, 1, 1 << 20, Float32Scores).search(clustered, 16, own))
+    found = [ExactSearch(clustered, 2, MEMORY, each).search(clustered, 16, own) for each in ("int8", "bfloat16")]
+    found.append(ExactSearch(clustered, 1, 1 << 20, "float32").search(clustered, 16, own))
     for cosines, rows in found[1:]:
         assert np.array_equal(cosines, found[0][0])
         assert np.array_equal(rows, found[0][1])
 
 
-@KINDS
-def test_neither_the_division_of_queries_nor_the_order_of_rows_changes_a_bit(kind: Kind, clustered: np.ndarray):
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({"avx2", "avx512_bf16", "avx512_vnni"}, "int8"),
+        ({"avx2"}, "int8"),
+        ({"avx2", "avx512_bf16", "amx_bf16", "amx_int8"}, "bfloat16"),
+        (set(), "float32"),
+    ],
+)
+def test_the_arithmetic_follows_from_the_instruction_sets(features: set[str], expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("densityrm_core.scores.processor_features", lambda: frozenset(features))
+    assert choose_arithmetic("auto", 384) == expected
+    assert choose_arithmetic("bfloat16", 384) == "bfloat16"
+    assert choose_arithmetic("auto", 1) == "float32"
+
+
+@EACH
+def test_neither_the_division_of_queries_nor_the_order_of_rows_changes_a_bit(arithmetic: Arithmetic, clustered: np.ndarray):
     own = np.arange(len(clustered))
-    whole = ExactSearch(clustered, 2, MEMORY, kind).search(clustered, 8, own)[0]
-    search = ExactSearch(clustered, 1, MEMORY, kind)
+    whole = ExactSearch(clustered, 2, MEMORY, arithmetic).search(clustered, 8, own)[0]
+    search = ExactSearch(clustered, 1, MEMORY, arithmetic)
     parts = [search.search(clustered[i : i + 613], 8, own[i : i + 613])[0] for i in range(0, len(clustered), 613)]
     assert np.array_equal(whole, np.concatenate(parts))
     order = np.random.default_rng(0).permutation(len(clustered))
-    shuffled = ExactSearch(clustered[order], 2, MEMORY, kind).search(clustered[order], 8, own)[0]
+    shuffled = ExactSearch(clustered[order], 2, MEMORY, arithmetic).search(clustered[order], 8, own)[0]
     assert np.array_equal(shuffled, whole[order])
 
 
-@KINDS
-def test_vectors_that_are_nearly_all_the_same_are_searched_too(kind: Kind):
+@EACH
+def test_vectors_that_are_nearly_all_the_same_are_searched_too(arithmetic: Arithmetic):
     vectors = np.repeat(unit(np.ones((1, 40))), 3000, axis=0)
     vectors[5] = unit(np.eye(40))[0]
-    cosines, rows = ExactSearch(vectors, 2, MEMORY, kind).search(vectors, 3, np.arange(3000))
+    cosines, rows = ExactSearch(vectors, 2, MEMORY, arithmetic).search(vectors, 3, np.arange(3000))
     assert rows[0].tolist() == [1, 2, 3]
     assert rows[5].tolist() == [0, 1, 2]
     assert cosines[5] == pytest.approx(40**-0.5, abs=1e-3)
 
 
-@KINDS
-def test_opposite_and_larger_queries_are_searched_too(kind: Kind, clustered: np.ndarray):
+@EACH
+def test_opposite_and_larger_queries_are_searched_too(arithmetic: Arithmetic, clustered: np.ndarray):
     """Cosines below zero, and a query with a component beyond every one of the base's."""
     base = np.abs(clustered)
     queries = np.vstack([-base[:50], unit(np.eye(96))[:3]])
     nobody = np.full(len(queries), -1)
-    found = ExactSearch(base, 2, MEMORY, kind).search(queries, 7, nobody)
+    found = ExactSearch(base, 2, MEMORY, arithmetic).search(queries, 7, nobody)
     assert_same(found, plainly(queries, base, 7, nobody)[0], base, queries, nobody)
 
 
-@pytest.mark.parametrize(
-    ("kind", "width"),
-    [(None, 1), *((kind, width) for kind in (Int8Scores, BFloat16Scores, Float32Scores) for width in (2, 3, 65))],
-)
-def test_odd_widths_are_searched_too(kind: Kind | None, width: int):
+@EACH
+@pytest.mark.parametrize("width", [1, 2, 3, 65])
+def test_odd_widths_are_searched_too(arithmetic: Arithmetic, width: int):
     vectors = unit(np.random.default_rng(0).normal(size=(300, width)))
     own = np.arange(300)
-    found = ExactSearch(vectors, 2, MEMORY, kind).search(vectors, 5, own)
+    found = ExactSearch(vectors, 2, MEMORY, arithmetic).search(vectors, 5, own)
     assert found[0] == pytest.approx(np.minimum(plainly(vectors, vectors, 5, own)[0], 1), abs=2e-6)
 
 

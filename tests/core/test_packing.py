@@ -1,7 +1,7 @@
 """Packed rows compute what padded ones do: rewards, log-probabilities and gradients, for every kind of model we train."""
 
 import copy
-from dataclasses import replace
+import shutil
 
 import pytest
 import torch
@@ -16,11 +16,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from densityrm_core.attention import lay_out, with_blocks
+from densityrm_core.attention import attention_kernel, lay_out, resolve_kernel
 from densityrm_core.likelihood import log_probs
 from densityrm_core.losses import bradley_terry_loss
 from densityrm_core.nanochat_classifier import register_classifier
-from densityrm_core.packing import hidden_states, pack, rewards, split_by_tokens, why_padded
+from densityrm_core.packing import hidden_states, pack, rewards, split_by_tokens, treat_alike, why_padded
 
 COMMON = {
     "vocab_size": 120,
@@ -200,16 +200,55 @@ def test_a_compiled_last_layer_is_computed_whole():
     assert rewards(model, given).detach().numpy() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.takes("attention=spans", "attention=flex_eager")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_blocks_for_gpus_compute_what_spans_do(name: str):
-    model, given = reward_model(name).eval(), pack(groups(5))
-    assert why_padded(model) == ""
-    blocks = replace(given, layout=with_blocks(given.layout))
-    with torch.no_grad():
-        spans, flex = hidden_states(model, given), hidden_states(model, blocks)
-        assert flex.numpy() == pytest.approx(spans.numpy(), abs=1e-5)
-        assert rewards(model, blocks).numpy() == pytest.approx(rewards(model, given).numpy(), abs=1e-5)
+@MODELS
+def test_flex_attention_computes_what_spans_do_forth_and_back(name: str):
+    given, found = groups(5), []
+    for kernel in ("spans", "flex_eager"):
+        with attention_kernel(kernel):
+            scorer, policy = reward_model(name), language_model(name)
+            assert why_padded(scorer) == why_padded(policy) == ""
+            batch = pack(given)
+            r = rewards(scorer, batch)
+            loss = bradley_terry_loss(*r.view(-1, 2).unbind(1))
+            likely = log_probs(policy, batch)
+            of_rewards, of_likelihood = gradient(scorer, loss), gradient(policy, likely.mean())
+            found.append((r.detach(), likely.detach(), of_rewards, of_likelihood))
+    (r, likely, *gradients), (flex_r, flex_likely, *flex_gradients) = found
+    assert flex_r.numpy() == pytest.approx(r.numpy(), abs=1e-5)
+    assert flex_likely.numpy() == pytest.approx(likely.numpy(), abs=1e-5)
+    for one, other in zip(gradients, flex_gradients, strict=True):
+        assert (one - other).norm() / one.norm() < 1e-5
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for the CPU with g++, which is not installed")
+@pytest.mark.takes("attention=flex")
+def test_compiled_flex_attention_computes_what_spans_do():
+    """On a CPU it has a forward pass alone; `benchmarks.gpu_check` runs both on a GPU."""
+    model, given = reward_model("llama").eval(), groups(5)
+    with torch.no_grad(), attention_kernel("flex"):
+        flex = rewards(model, pack(given))
+    assert flex.numpy() == pytest.approx(rewards(model, pack(given)).detach().numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "spans"), ("cuda", "flex"), ("cuda:1", "flex")])
+def test_the_kernel_follows_from_the_device(device: str, expected: str):
+    assert resolve_kernel(device) == expected
+    with attention_kernel("flex_eager"):
+        assert resolve_kernel(device) == "flex_eager"
+    assert resolve_kernel(device) == expected
+
+
+def test_a_copy_in_a_coarser_precision_takes_packed_rows_as_its_original_does():
+    model = language_model("llama").eval()
+    copied = copy.deepcopy(model).bfloat16()
+    treat_alike(copied, model)
+    assert why_padded(copied) == ""
+    sliding = AutoModelForCausalLM.from_config(MistralConfig(**COMMON, sliding_window=16))
+    copied = copy.deepcopy(sliding).bfloat16()
+    treat_alike(copied, sliding)
+    assert "mistral models" in why_padded(copied)
 
 
 @MODELS

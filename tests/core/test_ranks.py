@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     pairs = pl.DataFrame(rows)
     pairs.write_parquet(folder / "pairs.parquet")
-    model, codec = train_base_model(pairs, BaseModelSettings(vocab_size=300, hidden_size=32, layers=2, steps=0), Watch())
+    model, codec, _ = train_base_model(pairs, BaseModelSettings(vocab_size=300, hidden_size=32, layers=2, steps=0), Watch())
     save_model(model, codec, folder / "base", {})
     return folder
 

@@ -1,5 +1,7 @@
 """What the options of a reward model's training do, each against its slow or obvious twin."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,8 @@ from safetensors.torch import load_file
 
 from densityrm_core.checkpoints import CheckpointFolder
 from densityrm_core.losses import bradley_terry_loss, centering_penalty
-from densityrm_core.models import ModelError, load_codec, new_reward_model, save_model
-from densityrm_core.precision import takes_bfloat16
+from densityrm_core.models import CARD, ModelError, common_precision, load_codec, new_reward_model, save_model
+from densityrm_core.precision import resolve_precision
 from densityrm_core.ranks import SOLO
 from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, batches_of, preference_loss, train_reward_model
 from densityrm_core.sampling import IidSampler, uniform_weights
@@ -47,7 +49,7 @@ def pairs() -> pl.DataFrame:
 @pytest.fixture(scope="module")
 def base(pairs: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    model, codec = train_base_model(pairs, BaseModelSettings(vocab_size=300, hidden_size=32, layers=2, steps=0), Watch())
+    model, codec, _ = train_base_model(pairs, BaseModelSettings(vocab_size=300, hidden_size=32, layers=2, steps=0), Watch())
     save_model(model, codec, folder, {})
     return folder
 
@@ -102,7 +104,7 @@ def test_importance_correction_leaves_the_gradient_of_uniform_sampling_unbiased(
         for i in range(PAIRS):
             (batch,) = batches_of(train, np.array([i]), 100_000, SOLO)
             model.zero_grad()
-            preference_loss(model, batch, targets, settings, bfloat16=False)[0].backward()
+            preference_loss(model, batch, targets, settings, "fp32")[0].backward()
             found.append(torch.cat([p.grad.flatten() for p in model.parameters()])[::97].double().numpy())
         return np.stack(found)
 
@@ -154,6 +156,7 @@ def test_recomputed_activations_change_nothing(base: Path, pairs: pl.DataFrame):
     assert max(float((plain[name] - recomputed[name]).abs().max()) for name in plain) < 1e-5
 
 
+@pytest.mark.takes("precision=fp32", "precision=bf16", "device=cpu", "ranks=alone", "compile=off")
 def test_bfloat16_trains_nearly_as_float32(base: Path, pairs: pl.DataFrame):
     full, half = Watch(), Watch()
     train(base, pairs, full, {"precision": "fp32"})
@@ -163,14 +166,42 @@ def test_bfloat16_trains_nearly_as_float32(base: Path, pairs: pl.DataFrame):
     assert half.points[0][1]["train/loss"] != full.points[0][1]["train/loss"]
 
 
-def test_the_faster_precision_is_taken_if_it_is_clearly_faster(monkeypatch: pytest.MonkeyPatch):
-    import time
+@pytest.mark.parametrize(
+    ("kind", "width", "expected"),
+    [
+        ("cpu", 4096, "fp32"),
+        ("cpu-avx512-bf16", 256, "bf16"),
+        ("cpu-amx", 255, "fp32"),
+        ("cuda", 4096, "fp32"),
+        ("cuda-bf16", 576, "bf16"),
+        ("cuda-bf16", 128, "fp32"),
+    ],
+)
+def test_precision_follows_from_the_device_and_the_width(kind: str, width: int, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("densityrm_core.hardware.device_kind", lambda device: kind)
+    assert resolve_precision("auto", "cpu", width) == expected
+    assert [resolve_precision(wanted, "cpu", width) for wanted in ("fp32", "bf16")] == ["fp32", "bf16"]
 
-    monkeypatch.setattr("densityrm_core.precision.fast_bfloat16", lambda device: True)
-    assert takes_bfloat16("auto", lambda bfloat16: time.sleep(0.01 if bfloat16 else 0.05), SOLO)
-    assert not takes_bfloat16("auto", lambda bfloat16: time.sleep(0.05 if bfloat16 else 0.01), SOLO)
-    monkeypatch.setattr("densityrm_core.precision.fast_bfloat16", lambda device: False)
-    assert not takes_bfloat16("auto", lambda bfloat16: pytest.fail("nothing is timed without such hardware"), SOLO)
+
+def test_all_that_starts_from_a_base_model_has_its_precision_wherever_it_is_trained(
+    base: Path, pairs: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copytree(base, tmp_path / "base")
+    card = json.loads((base / CARD).read_text())
+    (tmp_path / "base" / CARD).write_text(json.dumps({**card, "precision": "bf16"}))
+    monkeypatch.setattr("densityrm_core.hardware.device_kind", lambda device: "cpu")
+    assert train(tmp_path / "base", pairs).card["precision"] == "bf16"
+    assert train(tmp_path / "base", pairs, compute={"precision": "fp32"}).card["precision"] == "fp32"
+    assert train(base, pairs).card["precision"] == "fp32"  # a base model of before: the rule
+
+
+def test_models_of_two_precisions_are_not_compared(base: Path, pairs: pl.DataFrame, tmp_path: Path):
+    for precision in ("fp32", "bf16"):
+        trained = train(base, pairs, compute={"precision": precision})
+        save_model(trained.model, trained.codec, tmp_path / precision, trained.card)
+    assert common_precision([base, tmp_path / "bf16", tmp_path]) == "bf16"  # what has no record, or is no model, says nothing
+    with pytest.raises(ModelError, match=r"was trained in fp32, .* in bf16: .* compute.precision"):
+        common_precision([tmp_path / "fp32", tmp_path / "bf16"])
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["in memory", "beside checkpoints"])

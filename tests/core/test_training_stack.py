@@ -39,7 +39,7 @@ def pairs() -> pl.DataFrame:
 @pytest.fixture(scope="module")
 def base(pairs: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    model, codec = train_base_model(pairs, SETTINGS, Watch())
+    model, codec, _ = train_base_model(pairs, SETTINGS, Watch())
     save_model(model, codec, folder, {})
     return folder
 
