@@ -1,7 +1,8 @@
 """From which width on bfloat16 pays on this processor: a reward model's step and a rollout, in float32 and in bfloat16.
 
 For each width a model of three layers and random weights does the same work in both precisions, interleaved; medians. Short rows
-are those of the planted world, long ones those of real dialogues. The last line is a JSON object: `ratio` by width (float32
+are those of the planted world, long ones those of real dialogues, and no two batches have the same shape: a bfloat16 product of a
+new shape is compiled first, on CPUs. The last line is a JSON object: `ratio` by width (float32
 seconds / bfloat16 seconds of `step_short`, `step_long` and `rollout`), `device_kind`, `cpu` and `threads`. The threshold of
 `densityrm_core.precision` was read off such runs, which stand beside it.
 """
@@ -9,6 +10,7 @@ seconds / bfloat16 seconds of `step_short`, `step_long` and `rollout`), `device_
 import argparse
 import copy
 import json
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +22,14 @@ from densityrm_core.decoding import Decoding
 from densityrm_core.hardware import device_kind, processor_name
 from densityrm_core.losses import bradley_terry_loss
 from densityrm_core.packing import pack, rewards
-from densityrm_core.precision import computing
+from densityrm_core.precision import Precision, computing
 from densityrm_core.rollout import sample_completions
 
-WIDTHS, LAYERS, VOCABULARY = (64, 128, 192, 256, 384, 576, 768), 3, 1024
-SHORT, LONG = (64, 24, 12), (16, 113, 45)  # pairs, tokens of the prompt, tokens of each reply
+WIDTHS, LAYERS, VOCABULARY = (128, 192, 256, 384, 576, 768), 3, 1024
+SHORT, LONG = (64, 24, 12), (16, 113, 45)  # pairs, mean tokens of the prompt, of a reply
 PROMPTS, GROUP, NEW_TOKENS = 8, 8, 24
+WARM_UP = 2
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 def main() -> None:
@@ -47,17 +51,16 @@ def measure(width: int, rounds: int) -> dict[str, float]:
     config = _config(width)
     torch.manual_seed(0)
     scorer = AutoModelForSequenceClassification.from_config(config)
-    policies = {False: AutoModelForCausalLM.from_config(config).eval()}
-    policies[True] = copy.deepcopy(policies[False]).to(torch.bfloat16)
-    work: dict[str, Callable[[bool], object]] = {
-        "step_short": _step(scorer, *SHORT),
-        "step_long": _step(scorer, *LONG),
-        "rollout": lambda bfloat16: _rollout(policies[bfloat16]),
+    policy = AutoModelForCausalLM.from_config(config).eval()
+    count = WARM_UP + rounds
+    work: dict[str, dict[str, Callable[[], object]]] = {
+        "step_short": {name: _steps(scorer, name, count, *SHORT) for name in PRECISIONS},
+        "step_long": {name: _steps(scorer, name, count, *LONG) for name in PRECISIONS},
+        "rollout": {name: _rollouts(policy, name, count) for name in PRECISIONS},
     }
     ratios: dict[str, float] = {}
-    for name, run in work.items():
-        ways = {"fp32": lambda run=run: run(False), "bf16": lambda run=run: run(True)}
-        interleaved(ways, 2)
+    for name, ways in work.items():
+        interleaved(ways, WARM_UP)
         taken = interleaved(ways, rounds)
         ratios[name] = round(taken["fp32"] / taken["bf16"], 2)
     return ratios
@@ -78,26 +81,36 @@ def _config(width: int) -> Qwen3Config:
     )
 
 
-def _step(model: Any, pairs: int, prompt: int, reply: int) -> Callable[[bool], None]:
-    draw = torch.Generator().manual_seed(1)
+def _steps(model: Any, precision: Precision, count: int, pairs: int, prompt: int, reply: int) -> Callable[[], None]:
+    """A step on another batch at every call."""
+    draw = random.Random(1)
+    batches = iter(
+        [pack([(_ids(draw, prompt), [_ids(draw, reply), _ids(draw, reply)]) for _ in range(pairs)]) for _ in range(count)]
+    )
 
-    def ids(count: int) -> list[int]:
-        return torch.randint(1, VOCABULARY, (count,), generator=draw).tolist()
-
-    batch = pack([(ids(prompt), [ids(reply), ids(reply)]) for _ in range(pairs)])
-
-    def run(bfloat16: bool) -> None:
-        with computing("bf16" if bfloat16 else "fp32", "cpu"):
-            chosen, rejected = rewards(model, batch).view(-1, 2).unbind(1)
+    def run() -> None:
+        with computing(precision, "cpu"):
+            chosen, rejected = rewards(model, next(batches)).view(-1, 2).unbind(1)
         bradley_terry_loss(chosen, rejected).backward()
         model.zero_grad()
 
     return run
 
 
-def _rollout(policy: Any) -> None:
-    prompts = [list(range(1, 25)) for _ in range(PROMPTS)]
-    sample_completions(policy, prompts, 0, GROUP, Decoding(NEW_TOKENS, 1.0), 0)
+def _rollouts(policy: Any, precision: Precision, count: int) -> Callable[[], None]:
+    """A rollout of other prompts at every call."""
+    draw, sampled = random.Random(2), copy.deepcopy(policy).bfloat16() if precision == "bf16" else policy
+    prompts = iter([[_ids(draw, SHORT[1]) for _ in range(PROMPTS)] for _ in range(count)])
+
+    def run() -> None:
+        sample_completions(sampled, next(prompts), 0, GROUP, Decoding(NEW_TOKENS, 1.0), 0)
+
+    return run
+
+
+def _ids(draw: random.Random, mean: int) -> list[int]:
+    """Half to one and a half times as many random tokens."""
+    return [draw.randrange(1, VOCABULARY) for _ in range(draw.randrange(mean // 2, mean + mean // 2))]
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ CHOICES = {
     "precision": Choice(
         "compute.precision",
         ("fp32", "bf16"),
-        "bf16 for models of width 256 and more where the device multiplies it in hardware; the base model's holds for all",
+        "bf16 for models of width 384 and more where the device multiplies it in hardware; the base model's holds for all",
     ),
     "attention": Choice("compute.attention", ("spans", "flex", "flex_eager"), "flex on cuda, spans elsewhere", on_gpu=("flex",)),
     "compile": Choice("compute.compile", ("off", "on"), "off"),

@@ -175,7 +175,7 @@ class ComputeSettings(Settings):
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
-        description="of every training: weights stay fp32, bf16 computes under autocast; auto: bf16 for models of width 256 and "
+        description="of every training: weights stay fp32, bf16 computes under autocast; auto: bf16 for models of width 384 and "
         "more where the device multiplies it in hardware, decided with the base model and kept for all that start from it",
     )
     attention: Literal["auto", "spans", "flex", "flex_eager"] = Field(

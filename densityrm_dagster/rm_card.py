@@ -55,12 +55,14 @@ def validation_plots(
     from densityrm_core import rm_plots
     from densityrm_core.evaluation import with_key
     from densityrm_core.hardware import pick_device
+    from densityrm_core.models import common_precision
     from densityrm_core.rm_evaluation import evaluate_reward_model, watched_pairs
     from densityrm_core.rm_metrics import measure, reliability
     from densityrm_core.tables import RM_EVALUATION
 
     scored = evaluate_reward_model(folder, watched_pairs(validation, strata), pick_device(experiment.compute.device))
-    rows, n = with_key(scored, RM_EVALUATION, fingerprint=experiment.fingerprint, **key), experiment.evaluation.bootstrap
+    key |= {"fingerprint": experiment.fingerprint, "precision": common_precision([folder])}
+    rows, n = with_key(scored, RM_EVALUATION, **key), experiment.evaluation.bootstrap
     measured = measure(rows, n, name="validation")
     return {
         "validation_by_decile": plot(rm_plots.accuracy_by_decile(measured)),

@@ -50,6 +50,24 @@ def test_every_branch_has_a_test_that_takes_it(branch: str):
     assert claims().get(branch), f'no test takes {branch}: mark one with pytest.mark.takes("{branch}")'
 
 
+def table() -> str:
+    """The choices as CONTRIBUTING shows them: how to force each, what decides otherwise, and a test for each branch."""
+    taken_by = claims()
+    lines = ["| choice | forced by | otherwise | branch: a test that takes it |", "| --- | --- | --- | --- |"]
+    for name, choice in CHOICES.items():
+        tests = {branch: taken_by.get(f"{name}={branch}") for branch in choice.branches}
+        shown = [
+            f"`{branch}`: " + (f"`{found[0].removeprefix('tests/')}`" if found else "`benchmarks.gpu_check`, on a GPU")
+            for branch, found in tests.items()
+        ]
+        lines.append(f"| {name} | `{choice.setting}` | {choice.rule} | {'<br>'.join(shown)} |")
+    return "\n".join(lines)
+
+
+def test_the_table_in_contributing_is_the_list():
+    assert table() in (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8"), f"put into CONTRIBUTING.md:\n{table()}"
+
+
 def test_every_claim_is_a_branch():
     assert set(claims()) <= {*BRANCHES, *ON_GPU}
 

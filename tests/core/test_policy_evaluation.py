@@ -121,7 +121,9 @@ def test_the_best_reply_is_that_of_a_slow_loop_over_the_same_replies(folders, as
 def test_all_policies_together_make_the_table_and_best_of_is_off_unless_asked_for(folders, asked):
     answers = evaluate_policies({"b": folders["other"]}, exam(folders, asked.head(5), samples=1, best_of=2))
     assert list(answers) == ["base", "b", "best_of_2_uniform", "best_of_2_density"]
-    rows = pl.concat(with_key(f, POLICY_EVALUATION, seed=0, fingerprint="f", policy=p) for p, f in answers.items())
+    rows = pl.concat(
+        with_key(f, POLICY_EVALUATION, seed=0, precision="fp32", fingerprint="f", policy=p) for p, f in answers.items()
+    )
     assert rows.group_by("policy").len().sort("len")["len"].to_list() == [5, 5, 10, 10]
     assert list(evaluate_policies({}, exam(folders, asked.head(5), samples=1))) == ["base"]
 

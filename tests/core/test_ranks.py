@@ -82,6 +82,7 @@ def assert_same_curve(points: list, alone: Watch) -> None:
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
+@pytest.mark.takes("ranks=gloo", "device=cpu")
 def test_two_ranks_train_as_one(folder: Path, alone: tuple[TrainedRewardModel, Watch]):
     shared = Watch()
     trained = train_reward_model(task(folder, ranks=2), shared)

@@ -278,6 +278,35 @@ def test_equal_tables_make_equal_reports():
     assert shuffled == straight and shuffled.figures == straight.figures
 
 
+def in_precision(rows: pl.DataFrame, *precisions: str) -> pl.DataFrame:
+    """Rows of the models of seed 0, 1, ... as trained in these precisions; baselines and seeds beyond have none."""
+    by_seed = pl.col("seed").replace_strict(dict(enumerate(precisions)), default=None, return_dtype=pl.String)
+    return rows.with_columns(precision=by_seed)
+
+
+def test_models_of_one_seed_in_two_precisions_are_refused():
+    rows = in_precision(rm_rows(0.2), "fp32", "bf16", "fp32")
+    mixed = rows.with_columns(
+        pl.when(pl.col("model") == "rm_density", seed=1).then(pl.lit("fp32")).otherwise("precision").alias("precision")
+    )
+    with pytest.raises(
+        ReportError, match=r"models of seed 1 were trained in bf16 and fp32, .* partition 1 again, or set compute"
+    ):
+        build_report(EXPERIMENT, mixed, policies(0.3))
+    of_policies = results(in_precision(policy_rows(0.3), "bf16", "fp32", "fp32"))
+    with pytest.raises(ReportError, match="models of seed 0 were trained in bf16 and fp32"):
+        build_report(EXPERIMENT, in_precision(rm_rows(0.2), "fp32", "fp32", "fp32"), of_policies)
+
+
+def test_seeds_in_two_precisions_are_mixed_only_with_a_word():
+    report = build_report(EXPERIMENT, in_precision(rm_rows(0.2), "fp32", "fp32", "bf16"), policies(0.3))
+    assert report.table["precision"] == {"bf16": [2], "fp32": [0, 1]}
+    assert "models of two precisions are mixed here: bf16 (seed 2) and fp32 (seed 0, 1)" in report.markdown
+    alike = build_report(EXPERIMENT, in_precision(rm_rows(0.2), "fp32", "fp32", "fp32"), policies(0.3))
+    assert "All models were trained in fp32." in alike.markdown
+    assert "precisions" not in alike.markdown
+
+
 def test_curves_or_diversity_that_a_seed_lacks_are_refused_by_name():
     found = policies(0.5)
     lost = found.curves.filter(pl.col("seed") != 1)

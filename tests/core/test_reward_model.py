@@ -170,8 +170,8 @@ def test_bfloat16_trains_nearly_as_float32(base: Path, pairs: pl.DataFrame):
     ("kind", "width", "expected"),
     [
         ("cpu", 4096, "fp32"),
-        ("cpu-avx512-bf16", 256, "bf16"),
-        ("cpu-amx", 255, "fp32"),
+        ("cpu-avx512-bf16", 384, "bf16"),
+        ("cpu-amx", 383, "fp32"),
         ("cuda", 4096, "fp32"),
         ("cuda-bf16", 576, "bf16"),
         ("cuda-bf16", 128, "fp32"),

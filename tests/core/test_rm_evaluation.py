@@ -43,7 +43,7 @@ def test_rows_tell_lengths_in_characters_and_who_is_right():
     exam = exam_pairs(PAIRS.lazy(), STRATA.lazy())
     rows = evaluate_baseline(lambda pairs: (pairs["decile"].to_numpy() * 1.0, pairs["decile"].to_numpy() * 0 + 2.0), exam)
     assert rows.select("correct", "chars_chosen", "chars_rejected").rows() == [(1.0, 3, 2), (0.5, 1, 2)]
-    named = rows.with_columns(seed=pl.lit(0, pl.Int64), model=pl.lit("m"), fingerprint=pl.lit("f"))
+    named = rows.with_columns(seed=pl.lit(0, pl.Int64), model=pl.lit("m"), precision=pl.lit("fp32"), fingerprint=pl.lit("f"))
     assert checked(RM_EVALUATION.check(named.select(RM_EVALUATION.schema.names()))).height == 2
 
 

@@ -32,7 +32,7 @@ def rows(
         "decile": [i % 10 + 1 for i in range(n)], "quartile": [i % 4 + 1 for i in range(n)],
         "reward_chosen": margin, "reward_rejected": np.zeros(n), "correct": 0.5 + 0.5 * np.sign(margin),
         "chars_chosen": [c for c, _ in lengths] or [10] * n, "chars_rejected": [r for _, r in lengths] or [10] * n,
-        "fingerprint": ["f"] * n,
+        "precision": ["fp32"] * n, "fingerprint": ["f"] * n,
     }  # fmt: skip
     values |= {name: [value] * n for name, value in constant.items()}
     return RM_EVALUATION.check(pl.DataFrame(values, schema=RM_EVALUATION.schema))

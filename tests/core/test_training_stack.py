@@ -1,5 +1,6 @@
 """Packed rows equal the padded computation, tokens are tokens everywhere, a loop stops, fails and repeats as it should."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from densityrm_core.models import load_causal_lm, load_codec, load_reward_model,
 from densityrm_core.packing import pack, rewards
 from densityrm_core.reward_model import RewardModelTask, train_reward_model
 from densityrm_core.scoring import tokenize_pairs
-from densityrm_core.settings import BaseModelSettings, RewardModelSettings
+from densityrm_core.settings import BaseModelSettings, ComputeSettings, RewardModelSettings
 from densityrm_core.sft import train_base_model
 from densityrm_core.training import Plan, TrainingError, TrainingStoppedError, Watch, learning_rate_at, optimize
 
@@ -164,6 +165,33 @@ def test_the_learning_rate_warms_up_and_falls_to_nearly_zero():
     assert rates[0] == pytest.approx(0.1, rel=0.01)
     assert max(rates) == pytest.approx(rates[9], abs=0.02)
     assert rates[-1] < 0.001
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for the CPU with g++, which is not installed")
+@pytest.mark.takes("compile=on", "compile=off")
+def test_compiled_layers_train_as_plain_ones_do(base: Path, pairs: pl.DataFrame):
+    settings = RewardModelSettings(steps=2, pairs_per_step=8, learning_rate=1e-3, evaluate_every=2)
+    watches = [Watch(), Watch()]
+    for watch, compiled in zip(watches, (False, True), strict=True):
+        compute = ComputeSettings(device="cpu", compile=compiled)
+        train_reward_model(RewardModelTask(base, pairs, np.ones(120), pairs.head(8), settings, 0, compute=compute), watch)
+    plain, compiled = (watch.frame()["value"].to_numpy() for watch in watches)
+    assert compiled == pytest.approx(plain, abs=1e-4)
+
+
+@pytest.mark.takes("precision=bf16", "precision=fp32", "attention=flex_eager")
+def test_a_base_model_is_tuned_in_the_precision_and_by_the_attention_that_are_asked_for(pairs: pl.DataFrame):
+    few = SETTINGS.model_copy(update={"steps": 3})
+    found: list[tuple[str, float]] = []
+    for compute in ({}, {"precision": "bf16"}, {"attention": "flex_eager"}):
+        watch = Watch()
+        trained = train_base_model(pairs, few, watch, ComputeSettings(device="cpu", **compute))
+        assert trained.model.dtype == torch.float32
+        found.append((trained.card["precision"], watch.last("train/loss")))
+    (plain, loss), (coarse, near), (flex, same) = found
+    assert (plain, coarse, flex) == ("fp32", "bf16", "fp32")
+    assert near == pytest.approx(loss, abs=0.05) and near != loss
+    assert same == pytest.approx(loss, abs=1e-4)
 
 
 def test_a_step_in_parts_is_the_step_as_a_whole(base: Path, pairs: pl.DataFrame):

@@ -21,7 +21,7 @@ def test_sets_show_each_subset_their_mean_and_what_was_left_out(tmp_path: Path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = read_set("bench", str(path), tmp_path)
     answers = evaluate_baseline(lambda pairs: (np.array([1.0, 0.0]), np.array([0.0, 1.0])), found.pairs)
-    rows = with_key(answers, tables.RM_EVALUATION, seed=0, model="rm_uniform", fingerprint="f")
+    rows = with_key(answers, tables.RM_EVALUATION, seed=0, model="rm_uniform", precision="fp32", fingerprint="f")
     card, told = measurements(rows, [found], 100)
     table = card["sets"].md_str
     assert "| bench | chat | accuracy | 1 | 100.0" in table and "| bench | code | accuracy | 1 | 0.0" in table
@@ -39,7 +39,7 @@ def test_a_seed_without_further_sets_shows_none():
 def test_rows_of_the_test_split_alone_give_a_card():
     row = {"seed": 0, "model": "rm_uniform", "set": "test", "pair_id": "a", "prompt_id": "1", "src": "hh", "decile": 1,
            "quartile": 1, "reward_chosen": 1.0, "reward_rejected": 0.0, "correct": 1.0, "chars_chosen": 3, "chars_rejected": 2,
-           "fingerprint": "f"}  # fmt: skip
+           "precision": "fp32", "fingerprint": "f"}  # fmt: skip
     card, told = measurements(tables.RM_EVALUATION.check(pl.DataFrame([row], schema=tables.RM_EVALUATION.schema)), [], 100)
     assert told == ["accuracy of rm_uniform: 1.000 [-inf, inf], on the rare quartile 1.000 [-inf, inf]"]
     assert card["rm_uniform_accuracy"] == 1
