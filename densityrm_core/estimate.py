@@ -33,7 +33,8 @@ _CHARS = 3.8  # of a token: measured with the tokenizer of the planted world; th
 _MOST_TOKENS, _MOST_NEW = 4096, 16  # of a unit as it is timed
 _DEEPEST = 4  # layers that are all timed
 _AGAIN_S, _TIMES = 0.4, 4  # a unit is timed so often, the best counts, unless one takes longer than this
-_STEP_S = 3.0  # of every asset beside its work: a process, its libraries, its plots, its records
+_STEP_S = 5.0  # of every asset beside its work: a process, its plots, its intervals, its records; measured, 1 to 6
+_RUN_S = 12.0  # of every run: its plan, and the libraries that its steps share
 _EMBED_S, _MAP_S = 1.8e-4, 10.0  # seconds of a processor for a token of a prompt; of the map of the prompts
 _VALIDATION, _EXAM = 512, 32  # see reward_model._MAX_VALIDATION_PAIRS, evaluation._PROMPTS_AT_A_TIME
 _SPREAD = 0.2  # of an estimate, both ways
@@ -162,7 +163,8 @@ def estimate(experiment: Experiment, units: Units, lengths: Lengths, prompts: in
         [0.0, 0.0],
         [0.0],
     ]
-    return Estimate(sum(_makespan(stage, workers) for stage in once + seed * len(experiment.seeds)))
+    runs = _RUN_S * (1 + len(experiment.seeds))  # the data are prepared in one of their own
+    return Estimate(runs + sum(_makespan(stage, workers) for stage in once + seed * len(experiment.seeds)))
 
 
 def _makespan(stage: Sequence[float], workers: int) -> float:
@@ -293,7 +295,7 @@ class _Probe:
 def _config(shape: Shape, lengths: Lengths, experiment: Experiment) -> Any:
     from transformers import Qwen3Config
 
-    return Qwen3Config(
+    config = Qwen3Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
         intermediate_size=shape.inner,
@@ -304,5 +306,6 @@ def _config(shape: Shape, lengths: Lengths, experiment: Experiment) -> Any:
         max_position_embeddings=lengths.prompt + lengths.reply + experiment.grpo.max_new_tokens,
         tie_word_embeddings=shape.tied,
         pad_token_id=0,
-        num_labels=1,
     )
+    config.num_labels = 1
+    return config

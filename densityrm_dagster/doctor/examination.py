@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from densityrm_core.estimate import Estimate
 
 _PINNED = Path(__file__).parents[2] / "constraints.txt"
+_BRIEFLY_S = 0.5  # for a server to answer, where a run waits for it
 _UNKNOWN = "not known before the base model is downloaded"
 
 
@@ -108,7 +109,7 @@ def _quick(experiment: Experiment, root: Path) -> Iterator[Line]:
         yield room.disk(experiment, shape, root, raw)
         yield room.memory(experiment, shape, root, experiment.compute.device != "cpu" and driver_is_there())
     yield from state(root, experiment.name)
-    yield from (replace(line, colour="yellow") if line.colour == "red" else line for line in ports(root))
+    yield from (replace(line, colour="yellow") if line.colour == "red" else line for line in ports(root, _BRIEFLY_S))
     yield from versions(_PINNED)
 
 

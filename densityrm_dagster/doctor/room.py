@@ -12,6 +12,12 @@ from densityrm_dagster.doctor.lines import Line, green, red, size, yellow
 if TYPE_CHECKING:
     from densityrm_core.estimate import Estimate
 
+_BATCHES = "lower base_model.batch_size, reward_model.tokens_per_batch and grpo.tokens_per_batch"
+_SMALLER = {
+    "two trainings": _BATCHES,
+    "a training beside it": _BATCHES,
+    "the search for neighbours": "lower compute.max_memory_gib",
+}
 _PROBED = 4  # a probe takes at most this part of the free memory
 
 
@@ -29,9 +35,8 @@ def disk(experiment: Experiment, shape: Shape, root: Path, raw: int | None) -> L
 def memory(experiment: Experiment, shape: Shape, root: Path, on_gpu: bool) -> Line:
     """The peak against what is free."""
     need = memory_needed(experiment, shape, _prompts(experiment, root), on_gpu)
-    remedy = "close other programs, or lower compute.max_memory_gib"
-    if "two trainings" in need.parts:
-        remedy = "close other programs, or lower base_model.batch_size, reward_model.tokens_per_batch and grpo.tokens_per_batch"
+    most = max(need.parts, key=lambda part: need.parts[part])
+    remedy = f"close other programs, or {_SMALLER.get(most, 'use a machine with more memory')}"
     return _compared("memory needed", need, hardware.available_memory(), "at the peak", remedy)
 
 

@@ -14,7 +14,7 @@ import dagster as dg
 from densityrm_dagster.doctor.lines import Line, first_line, green, red
 from densityrm_dagster.services import urls
 
-_ANSWER_S = 2.0
+_DATABASE_S = 2.0
 _LISTENS = "0A"  # state of a socket in /proc/net/tcp
 _SERVERS = {
     "Dagster port": ("DENSITYRM_DAGSTER_PORT", "dagster_port", "server_info"),
@@ -27,14 +27,20 @@ def state(root: Path, experiment: str) -> list[Line]:
     return [_writable(root), _mlflow(root / "mlflow" / "mlflow.db"), _dagster(root / experiment / "dagster")]
 
 
-def ports(root: Path) -> list[Line]:
-    """Whether both servers could listen, or do."""
+def ports(root: Path, patience: float = 2.0) -> list[Line]:
+    """Whether both servers could listen, or do.
+
+    Args:
+        patience: seconds that a server may take to answer.
+    """
     try:
         address = urls()
     except ValueError as error:
         remedy = "set DENSITYRM_DAGSTER_PORT and DENSITYRM_MLFLOW_PORT to numbers, or unset them"
         return [red("ports", f"a port is no number ({first_line(error)})", remedy)]
-    return [_port(name, getattr(address, port), variable, path, root) for name, (variable, port, path) in _SERVERS.items()]
+    return [
+        _port(name, getattr(address, port), variable, path, root, patience) for name, (variable, port, path) in _SERVERS.items()
+    ]
 
 
 def _writable(root: Path) -> Line:
@@ -51,7 +57,7 @@ def _mlflow(database: Path) -> Line:
     if not database.exists():
         return green("MLflow", "its database will be made")
     try:
-        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=_ANSWER_S)) as opened:
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=_DATABASE_S)) as opened:
             ((runs,),) = opened.execute("select count(*) from runs")
     except sqlite3.Error as error:
         remedy = f"move {database} away; a new one is made, and metrics are beside the models too"
@@ -71,7 +77,7 @@ def _dagster(instance: Path) -> Line:
     return green("Dagster", f"its instance opens: {runs:,} runs")
 
 
-def _port(name: str, port: int, variable: str, path: str, root: Path) -> Line:
+def _port(name: str, port: int, variable: str, path: str, root: Path, patience: float) -> Line:
     with socket.socket() as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -84,18 +90,18 @@ def _port(name: str, port: int, variable: str, path: str, root: Path) -> Line:
     remedy = f"set {variable} to another port, or stop what has this one"
     if process is None:
         return red(name, f"{port} is taken ({reason})", remedy)
-    if _answers(port, path):
+    if _answers(port, path, patience):
         if (home := _home_of(process)) in (None, root):
             return green(name, f"{port}: the server is up (process {process})  [{variable}]")
         return red(name, f"{port} is taken by the server of another state, {home} (process {process})", remedy)
     return red(name, f"{port} is taken by process {process}, {_command(process)}", remedy)
 
 
-def _answers(port: int, path: str) -> bool:
+def _answers(port: int, path: str, patience: float) -> bool:
     """Whether Dagster's or MLflow's server is at a port."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(f"http://127.0.0.1:{port}/{path}", timeout=_ANSWER_S) as answer:
+        with direct.open(f"http://127.0.0.1:{port}/{path}", timeout=patience) as answer:
             said = answer.read(4096)
         return said.strip() == b"OK" if path == "health" else "dagster_version" in json.loads(said)
     except (OSError, ValueError):
