@@ -1,7 +1,7 @@
 """How long an experiment takes on this machine: a few real units of its work on a random model of its shape, timed and added up.
 
 What is timed: a step of the base model, of a reward model and of GRPO, and pairs and replies of the evaluations. Models of many
-layers are timed with one layer and with two, long steps with some of their rows. Reading and embedding the rows is not in it.
+layers are timed with one layer and with three, long steps with some of their rows. Reading and embedding the rows is not in it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from densityrm_core.sources.planted import planted_rows
 
 _CHARS = 3.8  # of a token: measured with the tokenizer of the planted world; those of public models are close to it
 _MOST_TOKENS, _MOST_NEW = 4096, 16  # of a unit as it is timed
-_DEEPEST = 4  # layers that are all timed
+_WORK = 2**32  # weights x tokens of a unit as it is timed, at most: a second of a slow processor
+_DEEPEST, _FEW = 4, 3  # layers that are all timed; of deeper models one is, and a few
 _AGAIN_S, _TIMES = 0.4, 4  # a unit is timed so often, the best counts, unless one takes longer than this
 _STEP_S = 5.0  # of every asset beside its work: a process, its plots, its intervals, its records; measured, 1 to 6
 _RUN_S = 12.0  # of every run: its plan, and the libraries that its steps share
@@ -119,10 +120,10 @@ def probe(experiment: Experiment, shape: Shape, lengths: Lengths, device: str, p
         memory: bytes that the models and what they compute may take.
 
     Raises:
-        TooLargeError: not even a model of two layers fits.
+        TooLargeError: not even a model of three layers fits.
     """
     small = experiment.model_copy(update={"grpo": experiment.grpo.model_copy(update={"tokens_per_batch": 1024})})
-    timed = [shape] if shape.layers <= _DEEPEST else [replace(shape, layers=1), replace(shape, layers=2)]
+    timed = [shape] if shape.layers <= _DEEPEST else [replace(shape, layers=1), replace(shape, layers=_FEW)]
     needed = training_needed(small, timed[-1]) if len(timed) == 1 else 8 * timed[-1].weights
     if needed > memory:
         raise TooLargeError(f"a model of {timed[-1].layers} of its {shape.layers} layers takes {needed / 2**30:.1f} GiB to probe")
@@ -133,10 +134,13 @@ def probe(experiment: Experiment, shape: Shape, lengths: Lengths, device: str, p
             found = [_Probe(experiment, each, lengths, device, precision).units() for each in timed]
     finally:
         torch.set_num_threads(threads)
-    if len(found) == 1:
-        return found[0]
-    one, two = (vars(units) for units in found)
-    return Units(**{name: one[name] + max(0.0, two[name] - one[name]) * (shape.layers - 1) for name in one})
+    one, few = vars(found[0]), vars(found[-1])
+    layers = (shape.layers - 1) / (_FEW - 1)
+    whole = Units(**{name: one[name] + max(0.0, few[name] - one[name]) * layers for name in one})
+    scorer = experiment.reward_model
+    forward = scorer.pairs_per_step * whole.score
+    learning = max(1, shape.layers - scorer.frozen_layers) / shape.layers  # frozen layers are computed forward only
+    return replace(whole, prefer=forward + max(0.0, whole.prefer - forward) * learning)
 
 
 def estimate(experiment: Experiment, units: Units, lengths: Lengths, prompts: int | None, processors: int) -> Estimate:
@@ -197,6 +201,7 @@ class _Probe:
         self._scorer: Any = AutoModelForSequenceClassification.from_config(config).to(device)
         self._draw = np.random.default_rng(0)
         self._vocabulary = shape.vocabulary
+        self._most = max(512, min(_MOST_TOKENS, _WORK // shape.parameters))
         alone = experiment.compute.threads == 1 and device == "cpu"
         self._clock = time.process_time if alone else time.perf_counter  # what others do on this machine does not count
 
@@ -204,7 +209,7 @@ class _Probe:
         """Every unit, timed."""
         experiment, grpo = self._experiment, self._experiment.grpo
         sampled = grpo.prompts_per_step * grpo.group_size
-        tune = self._steps(self._policy, self._tune_loss, experiment.base_model.batch_size, 1, _MOST_TOKENS)
+        tune = self._steps(self._policy, self._tune_loss, experiment.base_model.batch_size, 1, self._most)
         prefer = self._steps(
             self._scorer,
             self._preference_loss,
@@ -233,7 +238,7 @@ class _Probe:
 
     def _some(self, count: int, replies: int) -> tuple[list[Group], float]:
         """As many groups as are timed, and how many times as much all of them are."""
-        taken = min(count, max(1, _MOST_TOKENS // (self._lengths.prompt + replies * self._lengths.reply)))
+        taken = min(count, max(1, self._most // (self._lengths.prompt + replies * self._lengths.reply)))
         return self._groups(taken, replies), count / taken
 
     def _steps(self, model: Any, loss: Callable[[Any, list[Group]], torch.Tensor], count: int, replies: int, most: int) -> float:

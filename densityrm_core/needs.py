@@ -18,7 +18,7 @@ _TRACKING = 200 << 20  # databases, plots and reports
 _ROW = 1 << 10  # of a planted row, as text
 _COPIES = 4  # of a row: its shard, the union, its prompt and vector
 _WIDTH = 384  # of a vector, as the default encoder's
-_ACTIVATIONS = 12  # float32 values of a layer's width that a token keeps for the backward pass, beside those of the MLP
+_ACTIVATIONS = 12  # values of a layer's width that a token keeps for the backward pass, beside four of the MLP's; measured
 _LOGITS = 3 * 32 << 20  # see likelihood._LOGITS_AT_A_TIME: logits, their probabilities, their gradient
 
 
@@ -61,17 +61,37 @@ def disk_needed(experiment: Experiment, shape: Shape, state: Path, raw: int | No
 
 def training_needed(experiment: Experiment, shape: Shape) -> int:
     """Memory of the largest training: weights, gradients, moments, models beside it, and what the backward pass keeps."""
-    grpo, kept = experiment.grpo, _ACTIVATIONS * shape.width + 4 * shape.inner
-    layers = 1 if experiment.compute.gradient_checkpointing else shape.layers
-    sft = experiment.base_model.batch_size * (experiment.base_model.max_prompt_tokens + experiment.base_model.max_reply_tokens)
-    scorer, policy = experiment.reward_model.tokens_per_batch, grpo.tokens_per_batch
-    rows = grpo.prompts_per_step * grpo.group_size * (experiment.base_model.max_prompt_tokens + grpo.max_new_tokens)
+    return max(_tuning(experiment, shape), _preferring(experiment, shape), _improving(experiment, shape))
+
+
+def _tuning(experiment: Experiment, shape: Shape) -> int:
+    base = experiment.base_model
+    tokens = base.batch_size * (base.max_prompt_tokens + base.max_reply_tokens) // 2  # a batch's mean is half of the longest
+    return 4 * shape.weights + tokens * _kept(shape) * shape.layers + _LOGITS if base.steps else 0
+
+
+def _preferring(experiment: Experiment, shape: Shape) -> int:
+    base, scorer = experiment.base_model, experiment.reward_model
+    tokens = min(scorer.tokens_per_batch, scorer.pairs_per_step * (base.max_prompt_tokens + 2 * base.max_reply_tokens))
+    learning = max(1, shape.layers - scorer.frozen_layers)
+    trained = 0.02 if scorer.lora_rank else learning / shape.layers
+    layers = 1 if experiment.compute.gradient_checkpointing else learning
+    return int((1 + 3 * trained) * shape.weights) + tokens * _kept(shape) * layers
+
+
+def _improving(experiment: Experiment, shape: Shape) -> int:
+    """A policy, its reference, its reward model, a copy that samples; a step's rows, or the keys and values of a rollout."""
+    base, grpo = experiment.base_model, experiment.grpo
+    answers = grpo.group_size * grpo.max_new_tokens
+    tokens = min(grpo.tokens_per_batch, grpo.prompts_per_step * (base.max_prompt_tokens + answers))
+    rows = grpo.prompts_per_step * grpo.group_size * (base.max_prompt_tokens + grpo.max_new_tokens)
     cache = 2 * 4 * rows * shape.layers * shape.key_value_heads * shape.head_width
-    return max(
-        4 * shape.weights + 4 * sft * (kept * shape.layers) + _LOGITS,  # tuning recomputes nothing
-        4 * shape.weights + 4 * scorer * kept * layers,
-        7 * shape.weights + max(4 * policy * kept * shape.layers + _LOGITS, cache),  # reference, reward model, copy that samples
-    )
+    return 7 * shape.weights + max(tokens * _kept(shape) * shape.layers + _LOGITS, cache)
+
+
+def _kept(shape: Shape) -> int:
+    """Bytes that a token keeps of a layer for the backward pass, in float32; under bfloat16 a quarter less."""
+    return 4 * (_ACTIVATIONS * shape.width + 4 * shape.inner)
 
 
 def memory_needed(experiment: Experiment, shape: Shape, prompts: int | None, on_gpu: bool) -> Need:

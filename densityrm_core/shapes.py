@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from densityrm_core.gguf_header import read_header
 from densityrm_core.model_files import BASE_MODELS, located
 from densityrm_core.settings import BaseModelSettings
 
@@ -108,14 +109,12 @@ def _shape(config: Mapping[str, Any]) -> Shape:
 
 
 def _of_gguf(file: Path) -> Shape | None:
-    from gguf import GGUFReader
-
     try:
-        fields = GGUFReader(str(file)).fields
-        name = str(fields["general.architecture"].contents())
-        config = {key: fields[f"{name}.{field}"].contents() for key, field in _GGUF.items() if f"{name}.{field}" in fields}
-        return _shape({**config, "vocab_size": len(fields["tokenizer.ggml.tokens"].data)})
-    except (OSError, ValueError, KeyError, IndexError):
+        header = read_header(file)
+        name = header["general.architecture"]
+        config = {key: header[f"{name}.{field}"] for key, field in _GGUF.items() if f"{name}.{field}" in header}
+        return _shape({**config, "vocab_size": header["tokenizer.ggml.tokens"]})
+    except (OSError, ValueError, KeyError):
         return None
 
 

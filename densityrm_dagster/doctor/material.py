@@ -105,7 +105,8 @@ def _files(
             return green(subject, f"{path}: the hub has it"), None
         files = read()
     except HubUnreachableError as error:
-        return yellow(subject, first_line(error), f"go online before the run, name a local copy in {key}, {otherwise}"), None
+        why, advice, *_ = first_line(error).split("; ")
+        return yellow(subject, why, f"{advice} in {key}, {otherwise}"), None
     except SourceError as error:
         return red(subject, first_line(error), f"correct {key} in the experiment file, {otherwise}"), None
     total = sum(file.size for file in files)

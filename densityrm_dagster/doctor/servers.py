@@ -131,7 +131,7 @@ def _command(process: int) -> str:
         words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return "whose command line cannot be read"
-    line = " ".join(word for word in words if word)
+    line = " ".join(" ".join(words).split())
     return line if len(line) <= 100 else f"{line[:99]}…"
 
 

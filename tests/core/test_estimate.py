@@ -8,7 +8,7 @@ import torch
 from densityrm_core.estimate import Estimate, Lengths, TooLargeError, Units, estimate, lengths_of, probe
 from densityrm_core.experiment import Experiment
 from densityrm_core.models import load_causal_lm, scratch_model
-from densityrm_core.needs import disk_needed, memory_needed
+from densityrm_core.needs import disk_needed, memory_needed, training_needed
 from densityrm_core.settings import BaseModelSettings
 from densityrm_core.shapes import Shape, shape_of
 
@@ -79,7 +79,7 @@ def test_each_unit_of_work_takes_time_and_a_deep_model_more():
 
 
 def test_a_model_that_is_too_large_for_a_probe_is_refused():
-    with pytest.raises(TooLargeError, match="2 of its 30 layers"):
+    with pytest.raises(TooLargeError, match="3 of its 30 layers"):
         probe(SHORT, Shape(4096, 30, 100_000, 32, 32, 128, 11_000), LENGTHS, "cpu", "fp32", 2**30)
 
 
@@ -95,3 +95,18 @@ def test_twice_the_seeds_take_almost_twice_as_long_and_one_processor_longer_than
 )
 def test_an_estimate_is_said_as_a_range(seconds: float, text: str):
     assert str(Estimate(seconds)) == text
+
+
+def test_a_frozen_half_of_the_layers_needs_less_memory():
+    half = SHORT.model_copy(update={"reward_model": SHORT.reward_model.model_copy(update={"frozen_layers": 4})})
+    deep = Shape(**{**vars(SMALL), "width": 512, "layers": 8, "inner": 1536})
+    no_tuning = {"base_model": SHORT.base_model.model_copy(update={"steps": 0})}
+    whole, frozen = (training_needed(each.model_copy(update=no_tuning), deep) for each in (SHORT, half))
+    assert frozen < whole
+
+
+def test_a_damaged_gguf_file_has_no_shape(tmp_path: Path):
+    whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
+    for number, content in enumerate((whole[:100], b"GGML" + whole[4:])):
+        (tmp_path / f"{number}.gguf").write_bytes(content)
+        assert shape_of(BaseModelSettings(model=str(tmp_path / f"{number}.gguf")), NOWHERE) is None
