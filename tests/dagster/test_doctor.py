@@ -56,6 +56,7 @@ def found(subject: str, home: Path, **settings: object) -> Line:
     return line
 
 
+@pytest.mark.takes("model files=package")
 def test_where_all_is_well_every_line_is_green_and_the_exit_code_0():
     result = CliRunner().invoke(cli.app, ["doctor"])
     assert result.exit_code == 0, result.output
@@ -180,6 +181,12 @@ def test_the_precision_of_a_base_model_that_is_made_is_its_recorded_one(home: Pa
     card = json.loads((folder / CARD).read_text())
     (folder / CARD).write_text(json.dumps({**card, "precision": "bf16"}))
     assert "bf16, recorded with the base model" in found("precision", home).found
+
+
+@pytest.mark.takes("encoder=float32", "encoder=bfloat16")
+def test_the_precision_of_the_encoder_can_be_forced(home: Path):
+    for dtype in ("float32", "bfloat16"):
+        assert found("encoder", home, embedding={"dtype": dtype}).found.startswith(dtype)
 
 
 def test_every_choice_names_the_setting_that_forces_it(home: Path):
