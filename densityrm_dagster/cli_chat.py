@@ -14,6 +14,7 @@ import typer
 from densityrm_core.experiment import home, load_experiment
 from densityrm_dagster.cli_score import one_line_errors, ready_scorer, reward_model_folder
 from densityrm_dagster.talk import Talk, labels, say
+from densityrm_dagster.terminal import is_terminal
 
 if TYPE_CHECKING:
     from densityrm_core.chat import Policy
@@ -97,7 +98,7 @@ def _policy(folder: Path, max_new_tokens: int | None) -> "Policy":
 
     compute = load_experiment().compute
     set_up_torch(compute)
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         say(f"loading {folder}")
     policy = load_policy(folder, pick_device(compute.device), max_new_tokens)
     for note in policy.notes:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from densityrm_core.experiment import ExperimentError, home, load_experiment
+from densityrm_dagster.terminal import is_terminal
 
 
 def inspect(
@@ -34,7 +35,7 @@ def inspect(
             text = describe_tables(_tables())
         else:
             width = min(shutil.get_terminal_size().columns, 120)
-            text = inspect_table(_tables(), table, filters, rows, width, seed, colour=sys.stdout.isatty())
+            text = inspect_table(_tables(), table, filters, rows, width, seed, colour=is_terminal(sys.stdout))
     print(text)
 
 
@@ -95,7 +96,7 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _progress(file: str, rows: int) -> None:
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         print(f"\r\x1b[K{file}: {rows:,} rows", end="", file=sys.stderr, flush=True)
 
 
@@ -106,7 +107,7 @@ def _one_line_errors() -> Generator[None]:
         try:
             yield
         finally:
-            if sys.stderr.isatty():
+            if is_terminal(sys.stderr):
                 print("\r\x1b[K", end="", file=sys.stderr)
     except (ValueError, OSError) as error:
         from densityrm_core.inspection import InspectionError

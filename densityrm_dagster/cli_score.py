@@ -16,6 +16,7 @@ from densityrm_core.experiment import home, load_experiment
 from densityrm_core.storage import replacing
 from densityrm_dagster.registry import RegistryError, registered_folder
 from densityrm_dagster.services import tracking_uri
+from densityrm_dagster.terminal import is_terminal
 
 if TYPE_CHECKING:
     from densityrm_core.score_file import Tally
@@ -61,7 +62,7 @@ def _score(rows: "Iterator[RawRow]", scorer: "Scorer", tally: "Tally", write: Ca
     said = started = time.monotonic()
     for row in score_rows(rows, scorer, tally):
         write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
-        if sys.stderr.isatty() and time.monotonic() - said > _SAY_EVERY_S:
+        if is_terminal(sys.stderr) and time.monotonic() - said > _SAY_EVERY_S:
             said = time.monotonic()
             print(f"\r\x1b[K{tally.rows:,} lines, {tally.rows / (said - started):,.0f}/s", end="", file=sys.stderr, flush=True)
     _clear()
@@ -163,5 +164,5 @@ def one_line_errors() -> Iterator[None]:
 
 def _clear() -> None:
     """Remove the line of progress, if a person sees one."""
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from densityrm_dagster.terminal import is_terminal
+
 if TYPE_CHECKING:
     from densityrm_core.chat import Conversation, Reply
     from densityrm_core.tokens import Codec
@@ -31,8 +33,8 @@ class Talk:
     def __init__(self, conversation: "Conversation", names: Sequence[str], readers: Sequence["Codec"]) -> None:
         """Args: readers, the codec of every policy, and behind them that of the reward model if there is one."""
         self._conversation, self._names, self._readers = conversation, names, readers
-        self._person = sys.stdin.isatty() and sys.stdout.isatty()
-        self._console = Console(highlight=False)
+        self._person = is_terminal(sys.stdin) and is_terminal(sys.stdout)
+        self._console = Console(highlight=False, force_terminal=is_terminal(sys.stdout))
         self._answered = True
         self._forget_losses()
         cast(TextIO, sys.stdin).reconfigure(errors="surrogateescape")
@@ -85,7 +87,7 @@ class Talk:
                 raise
             say("\nstopped; the conversation is as it was before")
             return
-        show(replies, self._names, self._console if sys.stdout.isatty() else None)
+        show(replies, self._names, self._console if is_terminal(sys.stdout) else None)
         self._say_losses()
 
     def _refuse(self, why: str) -> None:

@@ -1,12 +1,28 @@
-"""What a person sees in the terminal during a run: one short line an event, no event-log noise."""
+"""What a person sees in the terminal: whether there is one, and during a run one short line an event, no event-log noise."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 import dagster as dg
+
+from densityrm_core.choices import take
+from densityrm_core.experiment import ExperimentError
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a person is at the other end of a stream; DENSITYRM_TERMINAL=yes or no decides it, whatever the stream is.
+
+    Raises:
+        ExperimentError: the variable is something else.
+    """
+    wanted = os.environ.get("DENSITYRM_TERMINAL") or ("yes" if stream.isatty() else "no")
+    if wanted not in ("yes", "no"):
+        raise ExperimentError(f"DENSITYRM_TERMINAL is {wanted!r}; set it to yes or no, or unset it")
+    return take("terminal", wanted) == "yes"
 
 
 @dg.logger(description="One short line an event.")

@@ -38,6 +38,10 @@ _LOOK_UP = (429, *_IN_TROUBLE)
 _log = logging.getLogger(__name__)
 
 
+class HubUnreachableError(SourceError):
+    """The hub does not answer, or may not be asked; whether it has the files is not known."""
+
+
 @dataclass(frozen=True)
 class HubFile:
     """One file at one commit. `sha256` is empty where git holds the file itself; `oid` is the id of its git blob."""
@@ -78,6 +82,18 @@ def hub_files(url: str, key: str) -> list[HubFile]:
         raise SourceError(f"{key}: {url} matches no file; give a file, a folder or a glob that commit {commit[:8]} has")
     files = [HubFile(place.id, commit, f.path, f.size, f.lfs.sha256 if f.lfs else "", f.blob_id) for f in found]
     return sorted(files, key=lambda file: file.path)
+
+
+def ask_for(url: str, key: str, timeout: float) -> None:
+    """Ask once whether the hub has the dataset that `url` names, see `hub_files`.
+
+    Raises:
+        HubUnreachableError: the hub does not answer in `timeout` seconds.
+        SourceError: it answers that the dataset is not to be had.
+    """
+    with _explained(url, key):
+        place = parse_hf_uri(url)
+        HfApi(endpoint=constants.ENDPOINT).dataset_info(place.id, revision=place.revision, timeout=timeout)
 
 
 def download(file: HubFile, folder: Path, key: str, report: Report | None = None) -> Path:
@@ -218,7 +234,8 @@ def _explained(url: str, key: str) -> Generator[None]:
     except SourceError:
         raise
     except (HTTPError, OSError, ValueError) as error:
-        raise SourceError(f"{key}: {url} {_what_to_do(error)}") from None
+        silent = isinstance(error, (HTTPError, ConnectionError, TimeoutError)) and not isinstance(error, errors.HfHubHTTPError)
+        raise (HubUnreachableError if silent else SourceError)(f"{key}: {url} {_what_to_do(error)}") from None
 
 
 def _what_to_do(error: Exception) -> str:

