@@ -15,11 +15,11 @@ from densityrm_core.hardware import fast_bfloat16
 
 Precision = Literal["fp32", "bf16"]
 
-# From here on bfloat16 is ahead in all of the work by a tenth or more: `python -m benchmarks.precision`, one thread, float32
-# seconds / bfloat16 seconds of two kinds of steps and a rollout. AMD EPYC (Zen 4, AVX512-BF16), width 128: 0.94, 0.95, 0.92;
-# 192: 0.94, 1.04, 0.91; 256: 1.10, 1.14, 0.96; 384: 1.19, 1.21, 1.11; 576: 1.33, 1.40, 1.23; 768: 1.62, 1.57, 1.32. On a processor
-# with AMX float32 was ahead up to 192 and level at 256. Narrower models are the small ones: casts, and the compilation of bfloat16
-# products for every new shape, cost more than the matrices save.
+# From here on bfloat16 is ahead in all of the work by a tenth or more. `python -m benchmarks.precision`, one thread, float32
+# seconds / bfloat16 seconds of steps on short and on long rows and of a rollout; AMD EPYC (Zen 4, AVX512-BF16):
+# width 128: 0.94, 0.95, 0.92; 192: 0.94, 1.04, 0.91; 256: 1.10, 1.14, 0.96; 384: 1.19, 1.21, 1.11; 576: 1.33, 1.40, 1.23;
+# 768: 1.62, 1.57, 1.32. On a processor with AMX float32 was ahead up to 192 and level at 256. In narrow models casts, and the
+# compilation of bfloat16 products for every new shape, cost more than the matrices save.
 WIDE = 384
 
 

@@ -61,8 +61,8 @@ def validation_plots(
     from densityrm_core.tables import RM_EVALUATION
 
     scored = evaluate_reward_model(folder, watched_pairs(validation, strata), pick_device(experiment.compute.device))
-    key |= {"fingerprint": experiment.fingerprint, "precision": common_precision([folder])}
-    rows, n = with_key(scored, RM_EVALUATION, **key), experiment.evaluation.bootstrap
+    made_by = {"fingerprint": experiment.fingerprint, "precision": common_precision([folder])}
+    rows, n = with_key(scored, RM_EVALUATION, **key, **made_by), experiment.evaluation.bootstrap
     measured = measure(rows, n, name="validation")
     return {
         "validation_by_decile": plot(rm_plots.accuracy_by_decile(measured)),

@@ -9,7 +9,6 @@ import logging
 import os
 import posixpath
 import re
-import shutil
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers, silent_tqdm
 
+from densityrm_core.hardware import free_disk
 from densityrm_core.sources.rows import SourceError
 
 Report = Callable[[int, int], None]  # bytes that are here, bytes in all
@@ -163,7 +163,7 @@ def _fetch(file: HubFile, partial: Path, report: Report | None) -> None:
         have = handle.tell()
         if have == file.size:
             return
-        if shutil.disk_usage(partial.parent).free < file.size - have:
+        if free_disk(partial.parent) < file.size - have:
             raise OSError(errno.ENOSPC, "no space left")
         address = hf_hub_url(file.repo, file.path, repo_type="dataset", revision=file.revision, endpoint=constants.ENDPOINT)
         # Ranges of a compressed answer would not be ranges of the file.

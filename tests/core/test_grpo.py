@@ -99,7 +99,7 @@ BF16 = ComputeSettings(device="cpu", precision="bf16")
 
 
 @pytest.mark.takes("precision=bf16", "rollouts=transformers", "device=cpu")
-def test_a_bandit_is_solved_in_bfloat16_and_completions_are_sampled_from_the_policy_as_it_is(base: Path, prompts: pl.DataFrame):
+def test_in_bfloat16_a_bandit_is_solved_too(base: Path, prompts: pl.DataFrame):
     watch = Watch()
     trained = train_policy(
         task(base, prompts, share_of_a, compute=BF16, steps=60, learning_rate=1e-2, log_every=10, **FREE), watch
