@@ -5,6 +5,7 @@ The last line is a JSON object: `identical`, `files` that were compared, `differ
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
 from pathlib import Path
 
 from densityrm_core.experiment import load_experiment
@@ -35,23 +36,45 @@ def main() -> int:
 def twice(experiment: Path, folder: Path) -> dict[str, object]:
     """Run the experiment in two homes below `folder`; see the module."""
     alone_s = _demo(experiment, folder / "alone")
-    busy = [_busy() for _ in range(processors())]
-    try:
+    with busy_processors():
         beside_s = _demo(experiment, folder / "beside")
-    finally:
-        for process in busy:
-            process.kill()
-            process.join()
     name = load_experiment(experiment).name
-    alone, beside = (_hashes(folder / home / name) for home in ("alone", "beside"))
-    different = sorted(file for file in alone.keys() | beside.keys() if alone.get(file) != beside.get(file))
+    alone, beside = (folder / home / name for home in ("alone", "beside"))
+    different = differing(alone, beside)
     return {
-        "identical": bool(alone) and not different,
-        "files": len(alone),
+        "identical": not different,
+        "files": len(_hashes(alone)),
         "different": different,
         "alone_s": round(alone_s),
         "beside_s": round(beside_s),
     }
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """What two states of an experiment do not have in the same bytes, of what a person keeps.
+
+    Raises:
+        ValueError: the first holds nothing.
+    """
+    hashes, others = _hashes(one), _hashes(other)
+    if not hashes:
+        raise ValueError(f"{one} holds no models, tables or reports")
+    return sorted(file for file in hashes.keys() | others.keys() if hashes.get(file) != others.get(file))
+
+
+@contextlib.contextmanager
+def busy_processors() -> Iterator[None]:
+    """Within, a loop keeps every processor busy."""
+    context = multiprocessing.get_context("spawn")
+    loops = [context.Process(target=_spin, daemon=True) for _ in range(processors())]
+    for loop in loops:
+        loop.start()
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.join()
 
 
 def _demo(experiment: Path, home: Path) -> float:
@@ -65,12 +88,6 @@ def _demo(experiment: Path, home: Path) -> float:
 def _hashes(state: Path) -> dict[str, str]:
     files = {file for pattern in KEPT for file in state.glob(pattern) if file.is_file()}
     return {str(file.relative_to(state)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
-
-
-def _busy() -> BaseProcess:
-    process = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
-    process.start()
-    return process
 
 
 def _spin() -> None:
