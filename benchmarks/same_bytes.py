@@ -36,7 +36,7 @@ def main() -> int:
 def twice(experiment: Path, folder: Path) -> dict[str, object]:
     """Run the experiment in two homes below `folder`; see the module."""
     alone_s = _demo(experiment, folder / "alone")
-    with busy_processors():
+    with busy_processors(processors()):
         beside_s = _demo(experiment, folder / "beside")
     name = load_experiment(experiment).name
     alone, beside = (folder / home / name for home in ("alone", "beside"))
@@ -63,10 +63,10 @@ def differing(one: Path, other: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def busy_processors() -> Iterator[None]:
-    """Within, a loop keeps every processor busy."""
+def busy_processors(count: int) -> Iterator[None]:
+    """Within, loops keep so many processors busy."""
     context = multiprocessing.get_context("spawn")
-    loops = [context.Process(target=_spin, daemon=True) for _ in range(processors())]
+    loops = [context.Process(target=_spin, daemon=True) for _ in range(count)]
     for loop in loops:
         loop.start()
     try:

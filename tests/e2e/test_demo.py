@@ -91,7 +91,7 @@ def test_runs_of_killed_demos_are_closed_and_the_data_have_a_run_of_their_own(fi
 def test_a_demo_that_nobody_killed_on_a_busy_machine_ends_in_the_same_bytes(finished: Finished, tmp_path: Path):
     """Tables, models and report.json; `python -m benchmarks.killed_data_stage` kills at random moments."""
     assert "preference_pairs" not in finished.read
-    with busy_processors():
+    with busy_processors(1):
         assert demo(tmp_path, TINY).returncode == 0
     assert differing(tmp_path / "home" / "tiny", finished.state) == []
 
