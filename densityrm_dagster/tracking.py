@@ -70,22 +70,13 @@ class Training:
         self._mirror.artifact(folder / "metrics.parquet")
         self._mirror.final(final)
         self._mirror.flush()
-        hardware = self._hardware()
-        self._mirror.params({f"hardware.{name}": value for name, value in hardware.items()})
         return {
             **{name.replace("/", "_"): value for name, value in final.items()},
             "seconds": round(time.monotonic() - self._started, 1),
-            "hardware": dg.MetadataValue.json(hardware),
+            **record_hardware(self._mirror, self._taken),
             "curves": plot(plots.curves(frame, curves, f"{self._unit} seen")),
             **self._mirror.metadata(),
         }
-
-    def _hardware(self) -> dict[str, str]:
-        """What the training was computed on, and which of the branches that depend on it were taken (`choices`)."""
-        from densityrm_core.hardware import device_kind, processor_name
-
-        taken = {name.replace(" ", "_"): ", ".join(sorted(branches)) for name, branches in sorted(self._taken.items())}
-        return {**taken, "device_kind": device_kind(taken.get("device", "cpu")), "processor": processor_name()}
 
     def keep(self, folder: Path, name: str, frame: pl.DataFrame) -> None:
         """A table of the training: a Parquet file beside the model, and one that MLflow shows."""
@@ -127,6 +118,16 @@ def tracked(
     tags = tags_of(experiment) | {"densityrm.variant": variant}
     with mlflow.run(context, group, described, tags, stopped=(TrainingStoppedError,)) as mirror, noted() as taken:
         yield Training(context, mirror, unit, checkpoints, experiment.compute, taken)
+
+
+def record_hardware(mirror: MirroredRun, taken: Taken) -> dict[str, dg.MetadataValue]:
+    """What something was computed on, and which of the branches that depend on it were taken (`choices`), for MLflow and the asset."""
+    from densityrm_core.hardware import device_kind, processor_name
+
+    found = {name.replace(" ", "_"): ", ".join(sorted(branches)) for name, branches in sorted(taken.items())}
+    found |= {"device_kind": device_kind(found.get("device", "cpu")), "processor": processor_name()}
+    mirror.params({f"hardware.{name}": value for name, value in found.items()})
+    return {"hardware": dg.MetadataValue.json(found)}
 
 
 def tags_of(experiment: Experiment) -> dict[str, str]:

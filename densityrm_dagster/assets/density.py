@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import polars as pl
 
+from densityrm_core.choices import noted
 from densityrm_core.experiment import Experiment
 from densityrm_core.prompts import unique_prompts
 from densityrm_core.tables import DENSITY_WEIGHTS, PAIR_WEIGHTS, PROMPT_EMBEDDINGS, PROMPTS
@@ -19,7 +20,7 @@ from densityrm_dagster.io_managers import TABLE, ParquetIOManager
 from densityrm_dagster.metadata import markdown_table, plot, same_columns, table_output
 from densityrm_dagster.mlflow_resource import DENSITIES, MirroredRun, MLflowTracker
 from densityrm_dagster.terminal import counted
-from densityrm_dagster.tracking import set_up_torch, tags_of
+from densityrm_dagster.tracking import record_hardware, set_up_torch, tags_of
 
 if TYPE_CHECKING:
     from densityrm_core.density import Points, Weighing
@@ -123,7 +124,7 @@ def _density_weights(experiment: Experiment) -> dg.AssetsDefinition:
         from densityrm_core.density_card import density_card
 
         with tables.stage("density_weights") as folder:
-            with clear_failures():
+            with clear_failures(), noted() as taken:
                 points = read_points(prompts, prompt_embeddings, folder)
                 weighing = weigh_prompts(points, experiment.density, folder, experiment.compute, context.log.info)
             stored = store_weights(weighing, folder / "weights.parquet")
@@ -133,7 +134,8 @@ def _density_weights(experiment: Experiment) -> dg.AssetsDefinition:
             with mlflow.run(context, DENSITIES, experiment.density.model_dump(mode="json"), tags_of(experiment)) as mirror:
                 picture = _map(experiment, points, weighing, prompts, folder, mirror)
                 mirror.final({name: value for name, value in card.numbers.items() if not isinstance(value, str)})
-            shown = density_metadata(card, weighing.table, picture) | mirror.metadata()
+                hardware = record_hardware(mirror, taken)
+            shown = density_metadata(card, weighing.table, picture) | hardware | mirror.metadata()
             measured = ("group", "log_density", "density", "decile", "quartile", "weight")
             lineage = same_columns("prompts", "prompt_id", "split", "pairs") | {
                 column: [("prompt_embeddings", "embedding")] for column in measured

@@ -8,8 +8,11 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 import pytest
+from mlflow import MlflowClient
 
 from densityrm_core.experiment import Experiment
+from densityrm_core.models import read_card
+from densityrm_core.scores import choose_arithmetic
 from densityrm_dagster.build import build_definitions
 
 from .conftest import TINY, Run
@@ -65,6 +68,48 @@ def test_every_materialization_shows_rows_or_a_card_and_a_content_version(run: R
     assert record is not None
     tags = record.asset_materialization.tags or {}
     assert tags["dagster/data_version_is_user_provided"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("asset", "choice", "expected"),
+    [
+        ("base_model", "precision", "fp32"),
+        ("rm_density", "precision", "fp32"),
+        ("rm_density", "attention", "spans"),
+        ("grpo_a", "rollouts", "transformers"),
+        ("density_weights", "search", choose_arithmetic("auto", 384)),
+    ],
+)
+def test_cards_and_mlflow_say_what_the_machine_decided(run: Run, asset: str, choice: str, expected: str):
+    metadata = run.metadata(asset)
+    assert metadata["hardware"].value[choice] == expected
+    params = MlflowClient(f"sqlite:///{run.root / 'mlflow' / 'mlflow.db'}").get_run(metadata["mlflow_run_id"].value).data.params
+    assert params[f"hardware.{choice}"] == expected and params["hardware.processor"]
+
+
+def test_every_model_and_every_row_of_an_evaluation_says_its_precision(run: Run):
+    models = run.root / "tiny" / "models"
+    cards = [
+        read_card(models / name) for name in ("base_model", "rm_uniform/0", "rm_density/0", "grpo_a/0", "grpo_b/0", "grpo_c/0")
+    ]
+    assert {card["precision"] for card in cards} == {"fp32"}
+    rows = pl.read_parquet(run.root / "tiny" / "tables" / "rm_evaluation" / "0.parquet")
+    assert set(rows.filter(pl.col("model").str.starts_with("rm_"))["precision"]) == {"fp32"}
+    assert set(rows.filter(~pl.col("model").str.starts_with("rm_"))["precision"]) == {None}
+    policies = pl.read_parquet(run.root / "tiny" / "tables" / "policy_evaluation" / "0.parquet")
+    assert set(policies["precision"]) == {"fp32"}
+
+
+def test_reward_models_of_two_precisions_are_not_evaluated_together(run: Run):
+    card = run.root / "tiny" / "models" / "rm_density" / "0" / "densityrm.json"
+    kept = card.read_text()
+    card.write_text(kept.replace('"precision": "fp32"', '"precision": "bf16"'))
+    try:
+        failure = run.again("rm_evaluation", raise_on_error=False).failure_data_for_node("rm_evaluation")
+        assert failure is not None and failure.user_failure_data is not None
+        assert "models of two precisions are not compared" in (failure.user_failure_data.description or "")
+    finally:
+        card.write_text(kept)
 
 
 @pytest.mark.parametrize("asset", PER_SEED)
