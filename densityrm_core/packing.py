@@ -41,8 +41,9 @@ class Packed:
     branch: Tensor  # (tokens,) number of the branch each target belongs to
 
     def totals(self, of_tokens: Tensor) -> Tensor:
-        """Sums over the tokens of every branch, (..., tokens) -> (..., branches)."""
-        return of_tokens.new_zeros(*of_tokens.shape[:-1], len(self.ends)).index_add(-1, self.branch, of_tokens)
+        """Sums over the tokens of every branch, (..., tokens) -> (..., branches); in one order on every device."""
+        lengths = self.branch.bincount(minlength=len(self.ends))
+        return torch.segment_reduce(of_tokens.movedim(-1, 0).contiguous(), "sum", lengths=lengths).movedim(0, -1)
 
 
 def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Packed:

@@ -16,11 +16,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from densityrm_core.attention import attention_kernel, lay_out, resolve_kernel
+from densityrm_core.attention import attention_kernel, lay_out, packed_attention, resolve_kernel
 from densityrm_core.likelihood import log_probs
 from densityrm_core.losses import bradley_terry_loss
 from densityrm_core.nanochat_classifier import register_classifier
-from densityrm_core.packing import hidden_states, pack, rewards, split_by_tokens, treat_alike, why_padded
+from densityrm_core.packing import backbone_of, hidden_states, pack, rewards, split_by_tokens, treat_alike, why_padded
 
 COMMON = {
     "vocab_size": 120,
@@ -277,3 +277,23 @@ def test_a_large_groups_branches_apart_are_the_padded_computation_too(name: str)
     weight = torch.randn(len(plain), generator=draw)
     expected, shared = gradient(model, (plain * weight).sum()), gradient(model, (log_probs(model, batch) * weight).sum())
     assert (shared - expected).norm() / expected.norm() < 1e-5
+
+
+def test_all_tensors_of_a_batch_stand_on_its_device():
+    """`meta` holds no data, so whatever was left on the CPU fails to meet it."""
+    batch = pack(groups(), "meta")
+    layout = batch.layout
+    tensors = [batch.ids, batch.positions, batch.ends, batch.sources, batch.targets, batch.branch]
+    tensors += [layout.group, layout.branch, *layout.masks]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    for name in ("llama", "qwen2", "qwen3", "nanochat"):  # GPT-2 looks at its ids
+        model = language_model(name).to("meta")
+        backbone = backbone_of(model)
+        with packed_attention(model, backbone):
+            output = backbone(input_ids=batch.ids, position_ids=batch.positions, layout=layout, use_cache=False)
+        output.last_hidden_state.sum().backward()
+
+
+def test_totals_are_sums_over_branches():
+    batch = pack([([1], [[2, 3], [4]]), ([1, 2], [[5, 6, 7]])])
+    assert batch.totals(torch.tensor([[1.0, 2, 4, 8, 16, 32], [1, 1, 1, 1, 1, 1]])).tolist() == [[3, 4, 56], [2, 1, 3]]
