@@ -50,6 +50,12 @@ def test_every_branch_has_a_test_that_takes_it(branch: str):
     assert claims().get(branch), f'no test takes {branch}: mark one with pytest.mark.takes("{branch}")'
 
 
+@pytest.mark.parametrize("branch", ON_GPU)
+def test_the_check_of_a_gpu_claims_every_branch_that_only_a_gpu_takes(branch: str):
+    parts = [path.read_text(encoding="utf-8") for path in (REPOSITORY / "benchmarks").glob("gpu_*.py")]
+    assert any(f'"{branch}"' in part for part in parts), f"no part of benchmarks.gpu_check claims {branch}"
+
+
 def test_every_claim_is_a_branch():
     assert set(claims()) <= {*BRANCHES, *ON_GPU}
 
