@@ -37,6 +37,7 @@ from densityrm_core.settings import ComputeSettings, RewardModelSettings
 from densityrm_core.training import Watch
 
 SAME = 1e-4  # relative: float32 on two devices, each summing in its own order, without TF32
+_LATE = 4  # graphs that the later half of the shapes may compile: a side of just 128, or whole and narrowed layers in turn
 _BF16 = 0.05  # relative error of a gradient that bfloat16 may make at most
 _AS_PADDED = 1.5  # times the padded computation's error that ours may have
 
@@ -143,7 +144,7 @@ def _shapes(check: Check, kernel: Any) -> Figures:
     require(worst < SAME, f"of {count} batches of different shapes one is off by {worst:.1g}")
     compiled, late = graphs[-1], graphs[-1] - graphs[count // 2]
     require(not check.cuda or compiled > 0, "nothing was compiled")
-    require(not check.cuda or late == 0, f"batches {count // 2 + 1} to {count} compiled {late} further graphs: {graphs}")
+    require(not check.cuda or late <= _LATE, f"batches {count // 2 + 1} to {count} compiled {late} further graphs: {graphs}")
     return {"shapes": count, "shapes_error": worst, "graphs": compiled, "shapes_s": round(time.perf_counter() - started, 2)}
 
 

@@ -30,6 +30,8 @@ Kernel = Literal["spans", "flex", "flex_eager"]
 
 NAME = "densityrm_packed"
 _VARIANTS = 64  # of compiled attention in one process
+# Else few queries would be computed by the kernel for decoding, and a row's last bits would depend on how many there are
+_ONE_KERNEL = {"FORCE_USE_FLEX_ATTENTION": True}
 _SPAN = 128  # tokens of neighbouring groups that share one call; a larger group has a call of its own
 _ATTENTION = ("self_attn", "attn")
 # What a decoder layer computes of every token by itself, but for keys and values: Llama's, Qwen's and NanoChat's names, GPT-2's
@@ -241,7 +243,7 @@ def _attend_blocks(
         raise ValueError("packed rows have no attention dropout on this device: set the model's attention dropout to 0")
     query, key = query.to(value.dtype), key.to(value.dtype)
     grouped = query.shape[1] != key.shape[1]
-    named: Any = {"block_mask": asked.blocks, "scale": scaling, "enable_gqa": grouped}
+    named: Any = {"block_mask": asked.blocks, "scale": scaling, "enable_gqa": grouped, "kernel_options": _ONE_KERNEL}
     if not layout.compiled:
         eager: Any = flex.flex_attention
         with _backward_on_any_device():
