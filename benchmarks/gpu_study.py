@@ -50,6 +50,7 @@ _SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _FEWEST, _MOST = 10, 400  # steps of a reward model
 _SPARE = 20.0  # seconds before the end at which the last reward model shall be done
 _WARM = 4
+_LOOKS = 4  # evaluations on the validation split within a training
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,12 @@ def _affordable(check: Check, base: Path, rows: _Rows, exam: pl.DataFrame, train
     marks: list[float] = []
     started = time.monotonic()
     folder = _trained(check, base, rows, "rm_uniform", 10**6, 3 * _WARM, marks)
-    evaluate_reward_model(folder, exam, check.device)
     whole, per_step = time.monotonic() - started, float(np.median(np.diff(marks[_WARM:])))
-    aside = max(0.0, whole - float(np.sum(np.diff(marks))))
+    evaluate_reward_model(folder, exam, check.device)  # compiles, once
+    started = time.monotonic()
+    evaluate_reward_model(folder, exam, check.device)
+    scoring = time.monotonic() - started
+    aside = max(0.0, whole - float(np.sum(np.diff(marks)))) + scoring * (1 + (_LOOKS - 1) * min(1.0, 512 / exam.height))
     each = (check.ends - time.time() - _SPARE) / trainings - aside
     steps = int(each / per_step)
     require(steps >= _FEWEST, f"{each:.0f} s are left for each of {trainings} trainings: too few; raise --minutes")
@@ -217,7 +221,7 @@ def _trained(check: Check, base: Path, rows: _Rows, name: str, seed: int, steps:
         pairs_per_step=4 if check.small else 32,
         tokens_per_batch=16384,
         learning_rate=1e-4,
-        evaluate_every=max(10, steps // 4),
+        evaluate_every=max(10, steps // _LOOKS),
     )
     heard = [] if marks is None else marks
     watch = Watch(should_stop=lambda: bool(heard.append(time.monotonic())))
