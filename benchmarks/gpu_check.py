@@ -15,6 +15,7 @@ likes it. benchmarks/README.md says what the machine must have.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -129,7 +130,7 @@ def _carried_out(part: Part, check: Check) -> Outcome:
     limit = max(30.0, min(part.seconds, check.ends - time.time())) if check.cuda else part.seconds
     outcome = _heard(mine, process, limit)
     process.join(_TO_END if outcome.seconds else 0)
-    _end(process.pid or 0)
+    _end(process)
     process.join()
     outcome.seconds = round(time.monotonic() - started, 1)
     if check.cuda and not outcome.failed and "skipped" not in outcome.figures:
@@ -176,14 +177,11 @@ def _prepare(check: Check) -> None:
         torch.set_num_threads(1)
 
 
-def _end(leader: int) -> None:
-    """End a process and all of its group."""
-    if not leader:
-        return
-    try:
-        os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+def _end(process: Any) -> None:
+    """End a process and all of the group that it leads."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def _line(name: str, outcome: Outcome) -> str:
