@@ -23,14 +23,22 @@ from densityrm_core.checkpoints import CheckpointFolder
 from densityrm_core.grpo import PolicyTask, TrainedPolicy, train_policy
 from densityrm_core.models import new_reward_model, save_model
 from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, train_reward_model
-from densityrm_core.settings import BaseModelSettings, GrpoSettings, PlantedSettings, RewardModelSettings, SourceSettings
+from densityrm_core.settings import (
+    BaseModelSettings,
+    ComputeSettings,
+    GrpoSettings,
+    PlantedSettings,
+    RewardModelSettings,
+    SourceSettings,
+)
 from densityrm_core.sft import train_base_model
 from densityrm_core.sources import Folders, read_source
 from densityrm_core.training import Watch
 
 What = Literal["reward_model", "policy"]
+Device = Literal["cpu", "cuda"]
 WHAT: tuple[What, ...] = ("reward_model", "policy")
-_LONGEST = 6.0  # seconds from the first step to a kill
+_LONGEST = 6.0  # seconds that all kills together leave a training, on average
 
 
 def main() -> None:
@@ -39,23 +47,36 @@ def main() -> None:
     arguments.add_argument("--kills", type=int, default=10)
     arguments.add_argument("--steps", type=int, default=120)
     arguments.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="killed_training.") as folder:
-        found = kill_and_resume(Path(folder), options.kills, options.steps, options.seed, options.what)
-    print(json.dumps({"what": options.what, **found}))
+        found = kill_and_resume(Path(folder), options.kills, options.steps, options.seed, options.what, options.device)
+    print(json.dumps({"what": options.what, "device": options.device, **found}))
 
 
-def kill_and_resume(folder: Path, kills: int, steps: int, seed: int, what: What = "reward_model") -> dict[str, int | bool]:
-    """Train once undisturbed and once with kills, below `folder`; what happened, see the module."""
+def kill_and_resume(
+    folder: Path,
+    kills: int,
+    steps: int,
+    seed: int,
+    what: What = "reward_model",
+    device: Device = "cpu",
+    longest: float = _LONGEST,
+) -> dict[str, int | bool]:
+    """Train once undisturbed and once with kills, below `folder`; what happened, see the module.
+
+    Args:
+        longest: seconds that all kills together leave the training, on average.
+    """
     prepare(folder)
-    undisturbed, disturbed = (Training(folder, folder / name, steps, what) for name in ("undisturbed", "disturbed"))
+    undisturbed, disturbed = (Training(folder, folder / name, steps, what, device) for name in ("undisturbed", "disturbed"))
     _start(undisturbed).join()
     moments, landed = random.Random(seed), 0
     for _ in range(kills):
         run = _start(disturbed)
         while run.is_alive() and not (disturbed.out / "running").exists():
             time.sleep(0.01)
-        time.sleep(moments.uniform(0, _LONGEST / kills * 2))
+        time.sleep(moments.uniform(0, longest / kills * 2))
         landed += run.is_alive()
         run.kill()
         run.join()
@@ -75,6 +96,7 @@ class Training:
     out: Path
     steps: int
     what: What = "reward_model"
+    device: Device = "cpu"
 
     def run(self) -> None:
         torch.set_num_threads(1)
@@ -92,7 +114,7 @@ class Training:
     def _reward_model(self, pairs: pl.DataFrame, watch: Watch) -> TrainedRewardModel:
         settings = RewardModelSettings(steps=self.steps, pairs_per_step=8, evaluate_every=20)
         weights = np.random.default_rng(0).lognormal(0, 0.5, pairs.height)
-        task = RewardModelTask(self.folder / "base", pairs, weights, pairs.head(64), settings, seed=0)
+        task = RewardModelTask(self.folder / "base", pairs, weights, pairs.head(64), settings, seed=0, compute=self._compute)
         return train_reward_model(task, watch)
 
     def _policy(self, pairs: pl.DataFrame, watch: Watch) -> TrainedPolicy:
@@ -108,9 +130,14 @@ class Training:
             learning_rate=1e-3,
             log_every=1,
         )
-        trained = train_policy(PolicyTask(self.folder / "base", self.folder / "rm", asked, asked.head(8), settings, 0), watch)
+        task = PolicyTask(self.folder / "base", self.folder / "rm", asked, asked.head(8), settings, seed=0, compute=self._compute)
+        trained = train_policy(task, watch)
         trained.completions.write_parquet(self.out / "completions.parquet")
         return trained
+
+    @property
+    def _compute(self) -> ComputeSettings:
+        return ComputeSettings(device=self.device)
 
     def _note(self, step: int) -> None:
         with (self.out / "resumed").open("a", encoding="utf-8") as notes:
@@ -125,11 +152,12 @@ def _start(training: Training) -> multiprocessing.process.BaseProcess:
     return process
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, hidden_size: int = 64, layers: int = 2) -> None:
+    """Planted pairs, an untrained base model and a reward model, below `folder`."""
     folders = Folders(folder, folder / "raw", folder / "shards")
     pairs = read_source("hh_rlhf", SourceSettings(), PlantedSettings(hh_rows=600), folders).pairs.frame()
     pairs.write_parquet(folder / "pairs.parquet")
-    model, codec, _ = train_base_model(pairs, BaseModelSettings(steps=0, hidden_size=64, layers=2), Watch())
+    model, codec, _ = train_base_model(pairs, BaseModelSettings(steps=0, hidden_size=hidden_size, layers=layers), Watch())
     save_model(model, codec, folder / "base", {})
     save_model(new_reward_model(folder / "base", 0), codec, folder / "rm", {})
 

@@ -30,11 +30,17 @@ Kernel = Literal["spans", "flex", "flex_eager"]
 
 NAME = "densityrm_packed"
 _VARIANTS = 64  # of compiled attention in one process
+# Else few queries would be computed by the kernel for decoding, and a row's last bits would depend on how many there are
+_ONE_KERNEL = {"FORCE_USE_FLEX_ATTENTION": True}
 _SPAN = 128  # tokens of neighbouring groups that share one call; a larger group has a call of its own
 _ATTENTION = ("self_attn", "attn")
 # What a decoder layer computes of every token by itself, but for keys and values: Llama's, Qwen's and NanoChat's names, GPT-2's
 _TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "attn.c_proj")
 _wanted: ContextVar[Literal["auto", Kernel]] = ContextVar("attention kernel", default="auto")
+
+
+class AttentionError(ValueError):
+    """The kernel that was asked for cannot be used; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -241,23 +247,30 @@ def _attend_blocks(
         raise ValueError("packed rows have no attention dropout on this device: set the model's attention dropout to 0")
     query, key = query.to(value.dtype), key.to(value.dtype)
     grouped = query.shape[1] != key.shape[1]
-    named: Any = {"block_mask": asked.blocks, "scale": scaling, "enable_gqa": grouped}
+    named: Any = {"block_mask": asked.blocks, "scale": scaling, "enable_gqa": grouped, "kernel_options": _ONE_KERNEL}
     if not layout.compiled:
         eager: Any = flex.flex_attention
         with _backward_on_any_device():
             return eager(query, key, value, **named).transpose(1, 2)
-    if query.device.type == "cpu" and not torch.is_grad_enabled():
-        query, key, value = query.detach(), key.detach(), value.detach()  # it refuses what could be differentiated
-    return _compiled_flex()(query, key, value, **named).transpose(1, 2)
+    if query.device.type == "cpu":
+        if torch.is_grad_enabled() and (query.requires_grad or value.requires_grad):
+            raise AttentionError(
+                "compute.attention: flex has no backward pass on a processor, where PyTorch compiles none; set it to spans"
+            )
+        query, key, value = query.detach(), key.detach(), value.detach()  # what could be differentiated it refuses there
+    return _compiled_flex(query.device.type == "cuda")(query, key, value, **named).transpose(1, 2)
 
 
 @cache
-def _compiled_flex() -> Any:
+def _compiled_flex(dynamic: bool) -> Any:
     """Compiled anew for every precision, with and without gradients, for whole and narrowed layers: more than Dynamo allows by
-    default. Beyond its limit it would go on uncompiled without a word, holding all scores; `fullgraph` makes that an error."""
+    default. Beyond its limit it would go on uncompiled without a word, holding all scores; `fullgraph` makes that an error.
+
+    Sizes are dynamic on GPUs; for processors PyTorch 2.13 then writes C++ that does not compile where names of sizes are unlucky.
+    """
     limits: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]  the place that its documentation names
     limits.recompile_limit = max(limits.recompile_limit, _VARIANTS)
-    return torch.compile(flex.flex_attention, dynamic=True, fullgraph=True)
+    return torch.compile(flex.flex_attention, dynamic=dynamic, fullgraph=True)
 
 
 @contextlib.contextmanager
@@ -279,8 +292,12 @@ def _blocks(layout: Layout, rows: Tensor | None = None) -> BlockMask:
     tokens = len(layout.group)
     at = torch.arange(tokens, device=layout.group.device) if rows is None else rows
 
+    group, branch, of_group, of_branch = layout.group, layout.branch, layout.group[at], layout.branch[at]
+
     def allowed(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return _sees(layout.group, layout.branch, at[query], key)
+        """As `_sees`, with what is known of the queries looked up once, not by every kernel."""
+        related = (branch[key] == 0) | (branch[key] == of_branch[query])
+        return (group[key] == of_group[query]) & related & (key <= at[query])
 
     return create_block_mask(allowed, None, None, len(at), tokens, device=layout.group.device)
 

@@ -156,7 +156,8 @@ class SentenceEncoder(Encoder):
         limit = min(work.max_tokens, model.max_seq_length or work.max_tokens)
         super().__init__(model.tokenizer, _Work(limit, work.tokens_per_batch, work.threads, work.device, work.dtype))
         self._transformer, *self._rest = model
-        self._transformer.to(work.dtype)
+        for parameter in self._transformer.parameters():  # buffers stay: rotary frequencies need all their digits
+            parameter.data = parameter.data.to(work.dtype)
         self.dimensions = cast(int, model.get_embedding_dimension())
 
     def _embed(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ class TransformersEngine:
     def __init__(self, policy: Any, eos: int, precision: Precision = "fp32") -> None:
         self._policy, self._eos, self._sampled_from = policy, eos, policy
         if precision == "bf16":
-            self._sampled_from = copy.deepcopy(policy).to(torch.bfloat16).requires_grad_(False)
+            self._sampled_from = copy.deepcopy(policy).requires_grad_(False)
+            for parameter in self._sampled_from.parameters():  # buffers stay: rotary frequencies need all their digits
+                parameter.data = parameter.data.to(torch.bfloat16)
             treat_alike(self._sampled_from, policy)
 
     def sample(self, prompts: Sequence[Ids], group_size: int, decoding: Decoding, keys: Words) -> Rollout:

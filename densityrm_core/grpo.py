@@ -22,6 +22,7 @@ from densityrm_core.hardware import pick_device
 from densityrm_core.kl_control import KLControl
 from densityrm_core.likelihood import likelihood, log_probs
 from densityrm_core.models import ModelError, load_causal_lm, load_codec, precision_of
+from densityrm_core.packing import say_if_padded
 from densityrm_core.policy_watch import PolicyWatch
 from densityrm_core.precision import Precision, computing
 from densityrm_core.rewarder import Rewarder, RewardFunction, RewardScale, load_rewarder, scale_of
@@ -101,6 +102,7 @@ def _train(task: PolicyTask, watch: Watch, device: str) -> TrainedPolicy:
     settings, precision = task.settings, precision_of(task.base, task.compute, device)
     codec = load_codec(task.base)
     policy, reference = load_causal_lm(task.base, device), load_causal_lm(task.base, device).eval().requires_grad_(False)
+    say_if_padded(policy, watch.say)
     asked, watched = (_questions(prompts, codec) for prompts in (task.prompts, task.watched))
     _check_context(policy, asked, task)
     rewarder = load_rewarder(task.reward_model, codec, device)

@@ -112,7 +112,7 @@ def policy_loss(
 
 
 def _means(of_token: Tensor, sampled: Sampled) -> Tensor:
-    """The mean over each token's completion, (T,)."""
-    sums = torch.zeros_like(sampled.weight).index_add(0, sampled.branch, of_token)
-    lengths = torch.bincount(sampled.branch, minlength=len(sums))
+    """The mean over each token's completion, (T,); summed in one order on every device, which index_add on CUDA does not."""
+    lengths = torch.bincount(sampled.branch, minlength=len(sampled.weight))
+    sums = torch.segment_reduce(of_token, "sum", lengths=lengths)
     return (sums / lengths)[sampled.branch]

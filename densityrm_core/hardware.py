@@ -52,16 +52,15 @@ def processor_features() -> frozenset[str]:
     """What PyTorch knows of the processor's instruction sets, by its names: avx2, avx512_bf16, avx512_vnni, amx_bf16, ..."""
     import torch
 
-    return frozenset(name for name, there in torch.cpu.get_capabilities().items() if there is True)
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    if ask is None:  # an older PyTorch; Linux has the same names
+        return frozenset(_line_of_cpuinfo("flags").split())
+    return frozenset(name for name, there in ask().items() if there is True)
 
 
 def processor_name() -> str:
     """As the system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return _line_of_cpuinfo("model name") or "unknown"
 
 
 def processors() -> int:
@@ -112,3 +111,12 @@ def package_folder(package: str) -> Path | None:
     """Where an installed package lies; None if it is not installed."""
     spec = importlib.util.find_spec(package)
     return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _line_of_cpuinfo(name: str) -> str:
+    """What it says of the first processor; "" if it says nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":")[1].strip() for line in lines if line.startswith(name)), "")

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from densityrm_core.attention import Layout, attend
 
 NAME = "densityrm_rollout"
+# On recent GPUs PyTorch would take cuDNN first, which builds a graph, some 30 ms, for every new number of columns: every token
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class KeyValues:
@@ -81,7 +84,8 @@ def _attend(
     rows, heads, _one, size = query.shape
     keys, values, mask = cache.append(module, key, value)
     grouped = query.view(rows, key.shape[1], -1, size)  # query heads that share a key head stand side by side, as queries of it
-    done = scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
+    with sdpa_kernel(_KERNELS):
+        done = scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
     return done.reshape(rows, 1, heads, size), None
 
 

@@ -29,7 +29,7 @@ def likelihood(model: Any, batch: Packed, temperature: float = 1.0, entropy: boo
     parts = [
         _of_rows(model, *part, temperature, entropy)
         if len(states) <= rows or not torch.is_grad_enabled()
-        else checkpoint(_of_rows, model, *part, temperature, entropy, use_reentrant=False)
+        else checkpoint(_of_rows, model, *part, temperature, entropy, use_reentrant=False, preserve_rng_state=False)
         for part in zip(states.split(rows), batch.targets.split(rows), strict=True)
     ]
     found = torch.cat(parts, 1)

@@ -8,7 +8,7 @@ steered so are computed on padded rows, one for each branch, with the same resul
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +16,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from densityrm_core.attention import Layout, lay_out, narrowed, packed_attention
+from densityrm_core.attention import (
+    AttentionError,
+    Layout,
+    attention_kernel,
+    lay_out,
+    narrowed,
+    packed_attention,
+    resolve_kernel,
+)
 
 Ids = Sequence[int]
 Group = tuple[Ids, Sequence[Ids]]
@@ -41,8 +49,9 @@ class Packed:
     branch: Tensor  # (tokens,) number of the branch each target belongs to
 
     def totals(self, of_tokens: Tensor) -> Tensor:
-        """Sums over the tokens of every branch, (..., tokens) -> (..., branches)."""
-        return of_tokens.new_zeros(*of_tokens.shape[:-1], len(self.ends)).index_add(-1, self.branch, of_tokens)
+        """Sums over the tokens of every branch, (..., tokens) -> (..., branches); in one order on every device."""
+        lengths = self.branch.bincount(minlength=len(self.ends))
+        return torch.segment_reduce(of_tokens.movedim(-1, 0).contiguous(), "sum", lengths=lengths).movedim(0, -1)
 
 
 def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Packed:
@@ -101,10 +110,22 @@ def rewards(model: Any, batch: Packed) -> Tensor:
 
 
 def why_padded(model: nn.Module) -> str:
-    """Why this model is computed on padded rows; empty if it takes packed ones. Found once, on a few tokens."""
+    """Why this model is computed on padded rows; empty if it takes packed ones. Found once, on a few tokens.
+
+    Raises:
+        AttentionError: it takes them, but the kernel of this device fails or computes something else.
+    """
     if model not in _refused:
         _refused[model] = _probe(model)
+        if not _refused[model] and (kernel := resolve_kernel(str(next(model.parameters()).device))) != "spans":
+            _check_kernel(model, kernel)
     return _refused[model]
+
+
+def say_if_padded(model: nn.Module, say: Callable[[str], None]) -> None:
+    """Tell that a model is computed on padded rows, which is exact and slower, and why."""
+    if why := why_padded(model):
+        say(f"rows are padded, which is slower: {why}")
 
 
 def treat_alike(copied: nn.Module, original: nn.Module) -> None:
@@ -137,7 +158,7 @@ def _takes_narrowing(model: nn.Module) -> bool:
 
 def _probe_narrowing(model: Any) -> bool:
     training = model.training
-    batch = pack(_PROBE, model.device)
+    batch = _probe_batch(model)
     try:
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             whole, narrow = (_packed(model.eval(), batch, rows)[batch.ends] for rows in (None, batch.ends))
@@ -153,7 +174,7 @@ def _probe(model: Any) -> str:
     if getattr(model.config.get_text_config(), "sliding_window", None):
         return f"{name} attend within a sliding window here"
     training = model.training
-    batch = pack(_PROBE, model.device)
+    batch = _probe_batch(model)
     try:
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             padded, packed = _padded(model.eval(), batch), _packed(model, batch)
@@ -163,6 +184,31 @@ def _probe(model: Any) -> str:
         model.train(training)
     gap = float((padded - packed).abs().max() / padded.abs().max())
     return "" if gap < _PROBE_ERROR else f"{name} compute packed rows otherwise than padded ones (by {gap:.1g})"
+
+
+def _probe_batch(model: Any) -> Packed:
+    """What a model is probed with: by the kernel that runs everywhere, since it is the model that is asked about."""
+    with attention_kernel("spans"):
+        return pack(_PROBE, model.device)
+
+
+def _check_kernel(model: Any, kernel: str) -> None:
+    """Raise AttentionError unless a kernel computes what the spans do, of all rows and of the few that the last layer may be
+    narrowed to: to go on with padded rows instead would be slow without a word."""
+    training, spans, batch = model.training, _probe_batch(model), pack(_PROBE, model.device)
+    rows = batch.ends if _takes_narrowing(model) else None
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            expected = _packed(model.eval(), spans)
+            gaps = [(expected - _packed(model, batch))[batch.ends], (expected - _packed(model, batch, rows))[batch.ends]]
+    except Exception as error:  # compilers raise many kinds; all mean that this kernel is not to be had
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise AttentionError(f"compute.attention: {kernel} fails on this device ({reason[0]}); set it to spans") from error
+    finally:
+        model.train(training)
+    gap = float(torch.cat(gaps).abs().max() / expected.abs().max())
+    if not gap < _PROBE_ERROR:
+        raise AttentionError(f"compute.attention: {kernel} computes otherwise than spans here (by {gap:.1g}); set it to spans")
 
 
 def backbone_of(model: Any) -> Any:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import polars_hash
 
 from densityrm_core.runs import runs
 from densityrm_core.storage import Stored, batches, table_writer
@@ -74,6 +73,8 @@ def prompt_ids(prompts: pl.Series) -> pl.Series:
     Raises:
         PromptError: two of the prompts, which must be distinct, share an id; the message names both.
     """
+    import polars_hash
+
     md5 = polars_hash.col("prompt").nchash.md5()  # pyright: ignore[reportAttributeAccessIssue]  the plugin registers it
     share = -(-len(prompts) // pl.thread_pool_size()) or 1
     parts = [prompts[i : i + share].to_frame("prompt").lazy() for i in range(0, len(prompts) or 1, share)]

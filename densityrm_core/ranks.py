@@ -37,7 +37,7 @@ class Ranks:
         """The sums of the ranks' values, on every rank."""
         if self.size == 1:
             return list(values)
-        summed = torch.tensor(values, dtype=torch.float64 if self.device == "cpu" else torch.float32, device=self.device)
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(summed)
         return summed.tolist()
 

@@ -21,7 +21,7 @@ from densityrm_core.choices import take
 from densityrm_core.hardware import pick_device
 from densityrm_core.losses import bradley_terry_loss, centering_penalty, correctness
 from densityrm_core.models import load_codec, load_reward_model, new_reward_model, precision_of, save_model
-from densityrm_core.packing import pack, rewards, split_by_tokens
+from densityrm_core.packing import pack, rewards, say_if_padded, split_by_tokens
 from densityrm_core.precision import Precision, computing
 from densityrm_core.rank_processes import on_ranks
 from densityrm_core.ranks import Ranks, join
@@ -109,6 +109,7 @@ def _train_here(task: RewardModelTask, watch: Watch, ranks: Ranks, precision: Pr
     settings = task.settings
     codec = load_codec(task.base)
     model = new_reward_model(task.base, task.seed, ranks.device)
+    say_if_padded(model, watch.say)
     targets = targets_of(task.pairs, task.weights, settings)
     train, held_out = tokenize_pairs(task.pairs, codec), tokenize_pairs(task.validation.head(_MAX_VALIDATION_PAIRS), codec)
     key = key_of(model, precision, resolve_kernel(ranks.device), *_identity(task, targets, train, held_out))

@@ -16,7 +16,7 @@ from densityrm_core.checkpoints import key_of
 from densityrm_core.hardware import pick_device
 from densityrm_core.likelihood import log_probs
 from densityrm_core.models import fit_to_tokenizer, load_causal_lm, load_tokenizer, scratch_model, width_of
-from densityrm_core.packing import pack
+from densityrm_core.packing import pack, say_if_padded
 from densityrm_core.precision import Precision, computing, resolve_precision
 from densityrm_core.sampling import SystematicSampler
 from densityrm_core.settings import BaseModelSettings, ComputeSettings
@@ -78,6 +78,7 @@ def train_base_model(
 
 def _tune(trained: TrainedBaseModel, rows: list[tuple[Any, str]], settings: BaseModelSettings, watch: Watch) -> None:
     model, codec, device = trained.model, trained.codec, str(trained.model.device)
+    say_if_padded(model, watch.say)
     sequences = [(codec.prompt(context), [codec.reply(chosen)]) for context, chosen in rows]
     sampler = SystematicSampler(np.ones(len(sequences)), len(sequences), seed=0)
 

@@ -121,7 +121,7 @@ def tracked(
 
 
 def record_hardware(mirror: MirroredRun, taken: Taken) -> dict[str, dg.MetadataValue]:
-    """What something was computed on, and which of the branches that depend on it were taken (`choices`), for MLflow and the asset."""
+    """What something was computed on, and which of the branches that depend on it (`choices`) were taken."""
     from densityrm_core.hardware import device_kind, processor_name
 
     found = {name.replace(" ", "_"): ", ".join(sorted(branches)) for name, branches in sorted(taken.items())}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from densityrm_core.choices import CHOICES, noted, take
+from densityrm_core.hardware import processor_features
 
 from .conftest import not_taken
 
@@ -68,6 +69,12 @@ def test_the_table_in_contributing_is_the_list():
     assert table() in (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8"), f"put into CONTRIBUTING.md:\n{table()}"
 
 
+@pytest.mark.parametrize("branch", ON_GPU)
+def test_the_check_of_a_gpu_claims_every_branch_that_only_a_gpu_takes(branch: str):
+    parts = [path.read_text(encoding="utf-8") for path in (REPOSITORY / "benchmarks").glob("gpu_*.py")]
+    assert any(f'"{branch}"' in part for part in parts), f"no part of benchmarks.gpu_check claims {branch}"
+
+
 def test_every_claim_is_a_branch():
     assert set(claims()) <= {*BRANCHES, *ON_GPU}
 
@@ -95,3 +102,12 @@ def test_only_two_modules_ask_the_machine_what_it_is(package: str):
         for found in {match.group() for match in ASKS.finditer(path.read_text(encoding="utf-8"))} - MAY_DO.get(name, set())
     }
     assert asked == set()
+
+
+def test_an_older_pytorch_is_not_asked_for_the_processors_features(monkeypatch: pytest.MonkeyPatch):
+    known = {"avx2", "avx512_bf16", "avx512_vnni", "amx_bf16"}
+    by_pytorch = processor_features() & known
+    monkeypatch.delattr("torch.cpu.get_capabilities")
+    processor_features.cache_clear()
+    assert processor_features() & known == by_pytorch
+    processor_features.cache_clear()

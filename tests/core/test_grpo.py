@@ -111,13 +111,19 @@ def test_in_bfloat16_a_bandit_is_solved_too(base: Path, prompts: pl.DataFrame):
     assert max(points(watch, "rollout/log_prob_gap")) < 0.05  # a stale copy would be nats away
 
 
-@pytest.mark.parametrize("compute", [BF16, ComputeSettings(device="cpu", attention="flex_eager")], ids=["bf16", "flex"])
-def test_other_arithmetic_computes_nearly_the_same_first_step(base: Path, prompts: pl.DataFrame, compute: ComputeSettings):
+FLEX = ComputeSettings(device="cpu", attention="flex_eager")
+
+
+@pytest.mark.parametrize(("compute", "off_by"), [(BF16, 0.3), (FLEX, 1e-3)], ids=["bf16", "flex"])
+def test_other_arithmetic_computes_nearly_the_same_step(
+    base: Path, prompts: pl.DataFrame, compute: ComputeSettings, off_by: float
+):
+    """bfloat16 may sample another token here and there; attention by blocks only rounds otherwise."""
     plain, other = Watch(), Watch()
     train_policy(task(base, prompts, share_of_a, steps=1, kl_coefficient=0.5, log_every=1), plain)
     train_policy(task(base, prompts, share_of_a, compute=compute, steps=1, kl_coefficient=0.5, log_every=1), other)
-    names = ("reward/mean", "completions/tokens", "eval/kl")
-    assert [points(other, name)[-1] for name in names] == pytest.approx([points(plain, name)[-1] for name in names], abs=0.5)
+    for metric in ("train/grad_norm", "reward/mean", "completions/tokens"):
+        assert points(other, metric) == pytest.approx(points(plain, metric), rel=off_by, abs=off_by / 10)
 
 
 def test_without_a_spread_of_rewards_nothing_moves(base: Path, prompts: pl.DataFrame):
@@ -179,7 +185,7 @@ def test_a_budget_passed_at_once_leaves_the_base_policy(base: Path, prompts: pl.
 
 def test_the_penalty_keeps_a_policy_near_its_reference(base: Path, prompts: pl.DataFrame):
     given = [
-        task(base, prompts, share_of_a, steps=60, learning_rate=1e-2, kl_budget=None, kl_coefficient=beta) for beta in (0.0, 2.0)
+        task(base, prompts, share_of_a, steps=30, learning_rate=2e-2, kl_budget=None, kl_coefficient=beta) for beta in (0.0, 2.0)
     ]
     drift = [train_policy(one, Watch()).completions.filter(step=30)["kl"].mean() for one in given]
     assert drift[1] < 0.3 * drift[0]

@@ -16,11 +16,20 @@ from transformers import (
     Qwen3Config,
 )
 
-from densityrm_core.attention import attention_kernel, lay_out, resolve_kernel
+from densityrm_core.attention import AttentionError, attention_kernel, lay_out, packed_attention, resolve_kernel
 from densityrm_core.likelihood import log_probs
 from densityrm_core.losses import bradley_terry_loss
 from densityrm_core.nanochat_classifier import register_classifier
-from densityrm_core.packing import hidden_states, pack, rewards, split_by_tokens, treat_alike, why_padded
+from densityrm_core.packing import (
+    backbone_of,
+    hidden_states,
+    pack,
+    rewards,
+    say_if_padded,
+    split_by_tokens,
+    treat_alike,
+    why_padded,
+)
 
 COMMON = {
     "vocab_size": 120,
@@ -240,6 +249,44 @@ def test_the_kernel_follows_from_the_device(device: str, expected: str):
     assert resolve_kernel(device) == expected
 
 
+def _no_compiler(*_: object) -> torch.Tensor:
+    raise RuntimeError("no compiler was found\nadvice to programmers")
+
+
+@pytest.mark.parametrize(
+    ("attend", "message"),
+    [
+        (
+            lambda query, *_: torch.zeros_like(query).transpose(1, 2),
+            r"computes otherwise than spans here \(by .*\); set it to spans",
+        ),
+        (_no_compiler, r"fails on this device \(no compiler was found\); set it to spans"),
+    ],
+    ids=["wrong", "failing"],
+)
+def test_a_kernel_that_is_not_to_be_had_is_an_error_and_no_reason_for_padding(
+    attend: object, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("densityrm_core.attention._attend_blocks", attend)
+    with attention_kernel("flex_eager"), pytest.raises(AttentionError, match=message):
+        rewards(reward_model("llama"), pack(groups(2)))
+    assert why_padded(reward_model("llama")) == ""
+
+
+def test_training_by_compiled_flex_attention_on_a_processor_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("densityrm_core.packing._check_kernel", lambda model, kernel: None)  # which would compile
+    with attention_kernel("flex"), pytest.raises(AttentionError, match="no backward pass on a processor"):
+        rewards(reward_model("llama"), pack(groups(2)))
+
+
+def test_padding_is_told():
+    said: list[str] = []
+    say_if_padded(reward_model("llama"), said.append)
+    assert said == []
+    say_if_padded(AutoModelForCausalLM.from_config(MistralConfig(**COMMON, sliding_window=16)), said.append)
+    assert said == ["rows are padded, which is slower: mistral models attend within a sliding window here"]
+
+
 def test_a_copy_in_a_coarser_precision_takes_packed_rows_as_its_original_does():
     model = language_model("llama").eval()
     copied = copy.deepcopy(model).bfloat16()
@@ -277,3 +324,23 @@ def test_a_large_groups_branches_apart_are_the_padded_computation_too(name: str)
     weight = torch.randn(len(plain), generator=draw)
     expected, shared = gradient(model, (plain * weight).sum()), gradient(model, (log_probs(model, batch) * weight).sum())
     assert (shared - expected).norm() / expected.norm() < 1e-5
+
+
+def test_all_tensors_of_a_batch_stand_on_its_device():
+    """`meta` holds no data, so whatever was left on the CPU fails to meet it."""
+    batch = pack(groups(), "meta")
+    layout = batch.layout
+    tensors = [batch.ids, batch.positions, batch.ends, batch.sources, batch.targets, batch.branch]
+    tensors += [layout.group, layout.branch, *layout.masks]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    for name in ("llama", "qwen2", "qwen3", "nanochat"):  # GPT-2 looks at its ids
+        model = language_model(name).to("meta")
+        backbone = backbone_of(model)
+        with packed_attention(model, backbone):
+            output = backbone(input_ids=batch.ids, position_ids=batch.positions, layout=layout, use_cache=False)
+        output.last_hidden_state.sum().backward()
+
+
+def test_totals_are_sums_over_branches():
+    batch = pack([([1], [[2, 3], [4]]), ([1, 2], [[5, 6, 7]])])
+    assert batch.totals(torch.tensor([[1.0, 2, 4, 8, 16, 32], [1, 1, 1, 1, 1, 1]])).tolist() == [[3, 4, 56], [2, 1, 3]]

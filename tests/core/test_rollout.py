@@ -182,3 +182,13 @@ def test_likelihood_in_parts_is_the_full_softmax_with_its_gradient(policy: Any, 
 def test_impossible_decoding_is_refused(wrong: dict[str, float]):
     with pytest.raises(ValueError, match="needed"):
         Decoding(**wrong)
+
+
+def test_the_copy_that_is_sampled_from_keeps_its_rotary_frequencies(policy: Any):
+    """In bfloat16 they would turn a token at place 500 by half a radian too much."""
+    from densityrm_core.engines import TransformersEngine
+
+    copied = TransformersEngine(policy, 0, "bf16")._sampled_from
+    assert {parameter.dtype for parameter in copied.parameters()} == {torch.bfloat16}
+    for kept, buffer in zip(copied.buffers(), policy.buffers(), strict=True):
+        assert torch.equal(kept, buffer)
