@@ -29,7 +29,7 @@ from densityrm_core.packing import Group, _takes_narrowing, why_padded
 Figures = dict[str, Any]
 
 VOCABULARY = 512
-# Heads of 16: Triton's products have no smaller side, so narrower heads are computed on padded rows on a GPU
+# Heads of 16: Triton's products have no smaller side, so FlexAttention refuses narrower heads on a GPU
 _COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
