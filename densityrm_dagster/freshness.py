@@ -51,13 +51,14 @@ def outdated(
     """Assets to materialize for one partition, in order: never made, made by other code or settings, from other inputs, or lost.
 
     An unpartitioned asset that gathers partitions (the report) is always among them if anything else is, or if it is missing.
+    What one step makes, as pairs and rejects, is among them together: a run may have been killed between the two.
 
     Args:
         exists: whether the stored value of an asset and partition is still there.
     """
     graph = definitions.resolve_asset_graph()
     current: dict[dg.AssetKey, str] = {}
-    found: list[dg.AssetKey] = []
+    stale: set[dg.AssetKey] = set()
     for key in graph.toposorted_asset_keys:
         node = graph.get(key)
         own_partition = partition if node.is_partitioned else None
@@ -71,6 +72,12 @@ def outdated(
         same_inputs = all(tags.get(_INPUT + parent.to_user_string()) == current[parent] for parent in inputs)
         same_code = tags.get("dagster/code_version") == node.code_version
         lost = not exists(key, own_partition)
-        if lost or not (same_code and same_inputs) or any(parent in found for parent in node.parent_keys):
+        if lost or not (same_code and same_inputs):
+            stale.add(key)
+    found: list[dg.AssetKey] = []
+    for key in graph.toposorted_asset_keys:
+        together = graph.get(key).execution_set_asset_keys
+        parents = {parent for made in together for parent in graph.get(made).parent_keys}
+        if not stale.isdisjoint(together) or not parents.isdisjoint(found):
             found.append(key)
     return found

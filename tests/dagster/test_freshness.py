@@ -40,6 +40,15 @@ def test_a_changed_setting_outdates_what_hangs_on_it_and_nothing_else(run: Run, 
     assert not kept & found
 
 
+@pytest.mark.parametrize("lost", ["hh_rlhf_pairs", "hh_rlhf_rejects"])
+def test_what_one_step_makes_is_made_again_together_if_a_part_of_it_is_lost(run: Run, lost: str):
+    found = outdated(run.instance, run.definitions, "0", exists=lambda key, _: key.to_user_string() != lost)
+    assert {"hh_rlhf_pairs", "hh_rlhf_rejects", "preference_pairs"} <= {key.to_user_string() for key in found}
+    assert dg.AssetKey("ultrafeedback_pairs") not in found
+    job = run.definitions.resolve_job_def("run_experiment")
+    assert job.get_subset(asset_selection=set(found)) is not None  # Dagster refuses half a step
+
+
 def test_everything_is_outdated_at_first(run: Run):
     with dg.DagsterInstance.ephemeral() as empty:
         assert len(outdated(empty, run.definitions, "0")) == len(run.definitions.resolve_asset_graph().get_all_asset_keys())
