@@ -10,13 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
-from densityrm_core.prompts import id_keys
+from densityrm_core.arrays import Doubles, id_keys
 from densityrm_core.streams import unit_intervals
 
-Doubles = npt.NDArray[np.float64]
 Baseline = Callable[[pl.DataFrame], tuple[Doubles, Doubles]]
 
 MAX_PAIRS = 50_000  # training pairs that a baseline learns from; their word counts take some 150 MB

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from densityrm_core.files import lock, temporary_name
 from densityrm_core.ranks import SOLO, Ranks, sharded_like, whole
-from densityrm_core.storage import lock, temporary_name
 
 Metrics = dict[str, float]
 

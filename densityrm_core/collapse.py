@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from densityrm_core.arrays import Flags, runs
 from densityrm_core.near_duplicates import Signatures, normalised, signatures, similarity
 from densityrm_core.neighbors import Search
-from densityrm_core.runs import runs
 from densityrm_core.storage import ascending_rows
 from densityrm_core.vectors import Halves, Keys, Rows, blocks, row_hashes, take
 
-Flags = npt.NDArray[np.bool_]
 Sign = Callable[[Rows], Signatures]  # MinHash signatures of the texts of some rows
 OpenSearch = Callable[[Halves, int], Search]  # an array of vectors, and how many neighbours will be asked for
 

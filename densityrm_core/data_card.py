@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from densityrm_core.prompts import id_keys
-from densityrm_core.runs import runs
+from densityrm_core.arrays import Ints, id_keys, runs
 
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
@@ -35,8 +34,6 @@ _SURE = 0.5
 _LANGUAGES_SHOWN = 15
 # Short prompts do not tell these from the language they are counted as
 _VARIETIES = {"pcm": "en", "wuu": "zh", "yue": "zh", "ary": "ar", "arz": "ar", "nn": "no", "zxx": UNSURE}
-
-Counts = npt.NDArray[np.int64]
 
 
 class DataCardBuilder:
@@ -86,7 +83,7 @@ class DataCardBuilder:
             by_source=_ranked(self._sources),
         )
 
-    def _repeats(self) -> Counts:
+    def _repeats(self) -> Ints:
         """Pairs of every prompt, shape (prompts,)."""
         keys = np.frombuffer(self._keys, dtype=np.uint64)
         keys.sort()  # in place: a copy would double the memory, and their order means nothing

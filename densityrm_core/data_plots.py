@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from densityrm_core.data_card import BIN_STARTS, DataCard
-from densityrm_core.figures import BLUE, GREY, VERMILLION, nothing, png, titled
+from densityrm_core.figures import BLUE, GREY, VERMILLION, nothing, plain_ticks, png, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ def length_histogram(card: DataCard) -> bytes:
         ax.stairs(shares, edges, color=color, linestyle=line, linewidth=2, label=f"{name}, median {chars.median:,}")
     filled = [i for _, chars, _, _ in texts for i, count in enumerate(chars.counts) if count]
     ax.set_xscale("log")
-    _plain_ticks(ax, edges[min(filled)] / 1.5, edges[max(filled) + 1] * 1.5)
+    _decade_ticks(ax, edges[min(filled)] / 1.5, edges[max(filled) + 1] * 1.5)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("length (characters; two bins per doubling)")
     ax.set_ylabel("share of the pairs (%)")
@@ -54,12 +54,8 @@ def pairs_per_prompt(card: DataCard) -> bytes:
     return png(figure)
 
 
-def _plain_ticks(ax: Axes, low: float, high: float) -> None:
-    from matplotlib.ticker import NullLocator
-
+def _decade_ticks(ax: Axes, low: float, high: float) -> None:
     steps = (1,) if high / low > 1000 else (1, 2, 5)
     decades = range(math.ceil(math.log10(high)) + 1)
-    ticks = [step * 10**decade for decade in decades for step in steps if low <= step * 10**decade <= high]
     ax.set_xlim(low, high)
-    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    ax.xaxis.set_minor_locator(NullLocator())
+    plain_ticks(ax, [step * 10**decade for decade in decades for step in steps if low <= step * 10**decade <= high], "{:,}")

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import polars as pl
 
 from densityrm_core import tables
+from densityrm_core.arrays import Doubles, id_keys
 from densityrm_core.collapse import Alike, OpenSearch, Sign, collapse, signatures_from
 from densityrm_core.estimators import (
     BANDWIDTH,
@@ -27,13 +28,11 @@ from densityrm_core.estimators import (
     stratum,
 )
 from densityrm_core.neighbors import Search, build_search
-from densityrm_core.prompts import id_keys
 from densityrm_core.settings import ComputeSettings, DensitySettings
 from densityrm_core.storage import Stored, read_frame, table_writer
 from densityrm_core.vectors import Halves, Rows, blocks, map_vectors, take
 from densityrm_core.weights import ESS_TOLERANCE, Tempered, temper_weights
 
-Doubles = npt.NDArray[np.float64]
 Say = Callable[[str], None]
 
 

@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 from scipy.stats import spearmanr
 
+from densityrm_core.arrays import Rows, id_keys
 from densityrm_core.density import Points, Weighing
 from densityrm_core.original import NEIGHBORS, checklist, original_weights
-from densityrm_core.prompts import id_keys
 from densityrm_core.settings import DensitySettings
 from densityrm_core.storage import batches, rows_at
 from densityrm_core.weights import describe_weights, effective_fraction
-
-Rows = npt.NDArray[np.int64]
 
 _EXTREMES = 20  # prompts shown at either end
 _FAVOURITES = 10  # of each recipe

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from densityrm_core.files import replacing
 from densityrm_core.statistics import Interval
-from densityrm_core.storage import replacing
 
 _WIDTH = 110
 

@@ -8,19 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
+from densityrm_core.arrays import Flags, Keys, id_keys
+from densityrm_core.files import temporary_folder
 from densityrm_core.model_files import EmbeddingError, normalize, revision_of, split_kind
-from densityrm_core.prompts import id_keys
 from densityrm_core.settings import EmbeddingSettings
-from densityrm_core.storage import Stored, batches, read_frame, table_writer, temporary_folder
+from densityrm_core.storage import Stored, batches, read_frame, table_writer
 from densityrm_core.tables import PROMPT_EMBEDDINGS
 from densityrm_core.vector_cache import VectorCache
 from densityrm_core.vectors import Gathering, VectorsError
 
-Keys = npt.NDArray[np.uint64]
-Flags = npt.NDArray[np.bool_]
 Report = Callable[[int, int], None]
 
 SHARD = 4_096  # prompts embedded between two points from which a killed run goes on

@@ -18,13 +18,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from densityrm_core.arrays import Flags, Floats
 from densityrm_core.choices import take
+from densityrm_core.files import located
 from densityrm_core.hardware import fast_bfloat16
-from densityrm_core.model_files import EmbeddingError, located, normalize, not_to_be_had, split_kind
+from densityrm_core.model_files import EmbeddingError, normalize, not_to_be_had, split_kind
 from densityrm_core.settings import EmbeddingSettings
 
-Floats = npt.NDArray[np.float32]
-Flags = npt.NDArray[np.bool_]
 Report = Callable[[int], None]
 
 _GPU_TOKENS = 32  # times as many tokens a batch

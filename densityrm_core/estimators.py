@@ -12,10 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import logsumexp
 
+from densityrm_core.arrays import Doubles, Floats
 from densityrm_core.settings import DensitySettings
-
-Doubles = npt.NDArray[np.float64]
-Floats = npt.NDArray[np.float32]
 
 BANDWIDTH = "bandwidth"  # key in the metadata of a stored table of weights
 _BANDWIDTH_FROM = 10_000  # prompts: the median of a distance needs no more

@@ -13,14 +13,13 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from densityrm_core import tables
 from densityrm_core.arms import ARMS, best_of_name
+from densityrm_core.arrays import id_keys
 from densityrm_core.decoding import Decoding
 from densityrm_core.judge import Judge
 from densityrm_core.likelihood import likelihood, log_probs
 from densityrm_core.models import load_causal_lm, load_codec
 from densityrm_core.packing import pack
-from densityrm_core.prompts import id_keys
 from densityrm_core.rewarder import Rewarder, load_rewarder
 from densityrm_core.rollout import sample_completions
 from densityrm_core.settings import EvaluationSettings, GrpoSettings
@@ -157,12 +156,6 @@ def evaluate_policies(
         answers[arm] = evaluate_policy(folder, ARMS[arm].reward_model, exam)
         say(f"arm {arm.upper()} has answered {exam.prompts.height} held-out prompts")
     return answers | (best_of_n(exam) if exam.evaluation.best_of > 1 else {})
-
-
-def with_key(frame: pl.DataFrame, table: tables.Table, **key: str | int | None) -> pl.DataFrame:
-    """`frame` with the constant columns `key` added, in the table's order."""
-    columns = [pl.lit(value, table.schema[name]).alias(name) for name, value in key.items()]
-    return table.check(frame.with_columns(columns).select(table.schema.names()))
 
 
 def _replies(model: Any, prompts: list[list[int]], exam: PolicyExam, start: int) -> Groups:

@@ -19,11 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from densityrm_core.arrays import Floats, Ints, Vectors
 from densityrm_core.scores import KINDS, Arithmetic, Scores, choose_arithmetic
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-Vectors = npt.NDArray[Any]  # float16 or float32
 
 _GROUP, _TILE = 32, 2048  # columns of a group, of a tile
 _SPAN = 32_768  # columns whose scores are held at a time

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
+from densityrm_core.arrays import Floats
 from densityrm_core.estimators import BANDWIDTH, distances, log_density, stratum
 from densityrm_core.experiment import Experiment
 from densityrm_core.inspection import InspectionError
@@ -17,8 +17,6 @@ from densityrm_core.prompts import prompt_ids
 from densityrm_core.storage import batches, key_value_metadata, read_frame
 from densityrm_core.weights import group_share
 
-Doubles = npt.NDArray[np.float64]
-Floats = npt.NDArray[np.float32]
 _ID = r"^[0-9a-f]{16}$"
 
 

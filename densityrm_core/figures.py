@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -46,6 +47,14 @@ def style(ax: Axes) -> Axes:
     ax.grid(axis="y", color="#E0E0E0", linewidth=0.8)
     ax.set_axisbelow(True)
     return ax
+
+
+def plain_ticks(ax: Axes, ticks: Sequence[float], form: str) -> None:
+    """These ticks and no others on a logarithmic x axis, as numbers in the format `form`."""
+    from matplotlib.ticker import NullLocator
+
+    ax.set_xticks(ticks, [form.format(tick) for tick in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def error_bars(ax: Axes, x: ArrayLike, points: ArrayLike, color: str, marker: str, label: str | None = None) -> None:

@@ -13,14 +13,11 @@ from typing import Any
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 
+from densityrm_core.arrays import Floats, Ints, Vectors
 from densityrm_core.exact_search import ExactSearch, available, best_of, finite, inner_products
 from densityrm_core.streams import stream
 
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-Vectors = npt.NDArray[Any]
 Say = Callable[[str], None]
 
 _TRAINED_ON = 48  # vectors for each cell

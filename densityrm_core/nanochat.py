@@ -26,11 +26,12 @@ import numpy.typing as npt
 import polars as pl
 
 from densityrm_core.experiment import Experiment
+from densityrm_core.files import temporary_folder, temporary_name
 from densityrm_core.settings import SourceSettings
 from densityrm_core.sources.files import raw_files
 from densityrm_core.sources.nanochat_pairs import PAIRS_FILE, pairs_file
 from densityrm_core.sources.parsing import parse_rows
-from densityrm_core.storage import batches, read_frame, temporary_folder, temporary_name
+from densityrm_core.storage import batches, read_frame
 
 PROMPTS_FILE, STATS_FILE = "prompts_all.jsonl", "stats.txt"
 WEIGHTS_FILE = "embeddings_offline/density_weights.npy"

@@ -8,11 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from densityrm_core.runs import runs
+from densityrm_core.arrays import Flags, Keys, Rows, runs
 
-Keys = npt.NDArray[np.uint64]
-Rows = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
 Signatures = npt.NDArray[np.uint8]
 
 SHINGLE = 5  # characters

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from densityrm_core.arrays import Floats, Ints, Vectors
 from densityrm_core.exact_search import ExactSearch, bytes_needed
 from densityrm_core.index_search import build_index
 from densityrm_core.scores import Arithmetic
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-Vectors = npt.NDArray[Any]  # float16 or float32
 
 _EXACT_PRODUCTS = 1.5e13  # n n d up to which exact search is chosen, on any machine: 200,000 vectors of 384 dimensions
 _FEWEST_INDEXED = 1_000  # an index is not worth its training for fewer

@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from densityrm_core.arrays import Doubles
 from densityrm_core.estimators import distances
 from densityrm_core.neighbors import nearest
 from densityrm_core.weights import effective_fraction
-
-Doubles = npt.NDArray[np.float64]
 
 NEIGHBORS = 10
 _CLOSEST = 1e-6

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from densityrm_core.figures import BLUE, GREY, blank, nothing, png, style, titled
+from densityrm_core.figures import BLUE, GREY, blank, nothing, plain_ticks, png, style, titled
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 
 def weight_histogram(weights: pl.DataFrame) -> bytes:
@@ -26,7 +26,8 @@ def weight_histogram(weights: pl.DataFrame) -> bytes:
     ax.axvline(1, color=GREY, linestyle="--", linewidth=1)
     ax.annotate("uniform", (1, 1), (3, -10), xycoords=("data", "axes fraction"), textcoords="offset points", color=GREY)
     ax.set_xscale("log")
-    _plain_ticks(ax, low / 1.05, high * 1.05)
+    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low / 1.05 <= t <= high * 1.05]
+    plain_ticks(ax, ticks, "{:g}x")
     ax.set_xlabel("draws relative to uniform sampling (weight x number of prompts)")
     ax.set_ylabel("training prompts")
     return png(figure)
@@ -100,14 +101,6 @@ def curves(metrics: pl.DataFrame, names: Sequence[str], x_label: str) -> bytes:
         ax.set_xlabel(x_label)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return png(figure)
-
-
-def _plain_ticks(ax: Axes, low: float, high: float) -> None:
-    from matplotlib.ticker import NullLocator
-
-    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high]
-    ax.set_xticks(ticks, [f"{t:g}x" for t in ticks])
-    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def _training_weights(weights: pl.DataFrame) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

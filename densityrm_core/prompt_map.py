@@ -10,11 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from densityrm_core.arrays import Floats, Rows
 from densityrm_core.figures import GREY, nothing, png, titled
 from densityrm_core.streams import stream, stream_seed
-
-Floats = npt.NDArray[np.float32]
-Rows = npt.NDArray[np.int64]
 
 _COMPONENTS = 50  # that t-SNE is given: what is left out is noise, and it is six times faster
 _FEWEST = 50  # prompts worth a t-SNE; fewer are laid out by their two main components

@@ -10,12 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from densityrm_core.runs import runs
+from densityrm_core.arrays import Keys, Rows, id_keys, runs, same_key
 from densityrm_core.storage import Stored, batches, table_writer
 from densityrm_core.tables import PROMPTS
-
-Keys = npt.NDArray[np.uint64]
-Rows = npt.NDArray[np.int64]
 
 
 class PromptError(ValueError):
@@ -126,23 +123,6 @@ def collided(first: str, second: str) -> PromptError:
     return PromptError(
         f"two different prompts have the same 64-bit key: {first[:200]!r} and {second[:200]!r}; reject one of them"
     )
-
-
-def same_key(keys: Keys) -> Rows:
-    """Two ascending rows with one key, shape (2,), or none, shape (0,)."""
-    order = np.argsort(keys)
-    again = np.flatnonzero(keys[order][1:] == keys[order][:-1])[:1]
-    return np.sort(np.concatenate([order[again], order[again + 1]]))
-
-
-def id_keys(ids: pl.Series) -> Keys:
-    """The 64 bits that ids of 16 hex digits spell, shape (n,)."""
-    return ids.str.decode("hex").bin.reinterpret(dtype=pl.UInt64, endianness="big").to_numpy()
-
-
-def key_ids(keys: Keys) -> pl.Series:
-    """Ids of 16 hex digits that spell 64-bit keys."""
-    return pl.Series([f"{key:016x}" for key in keys.tolist()], dtype=pl.String)
 
 
 def _count(pairs: Path) -> tuple[Rows, Keys, list[str]]:

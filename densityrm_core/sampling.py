@@ -7,14 +7,12 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
+from densityrm_core.arrays import Doubles, Ints
 from densityrm_core.settings import SamplingSettings
 from densityrm_core.streams import Words, mix64, stream_seed
 
-Ints = npt.NDArray[np.int64]
-Doubles = npt.NDArray[np.float64]
 State = dict[str, str | int]
 
 _ROUNDS = 4

@@ -14,11 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from densityrm_core.arrays import Floats
 from densityrm_core.choices import take
 from densityrm_core.hardware import processor_features
-
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
 
 _SIGMAS = 6.0  # of a score's error that thresholds are lowered by
 _QUANTUM = 127

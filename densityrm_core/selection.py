@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
-from densityrm_core.runs import runs
+from densityrm_core.arrays import Codes, Keys, runs
 from densityrm_core.settings import PairsSettings
 from densityrm_core.streams import unit_intervals
-
-Keys = npt.NDArray[np.uint64]
-Codes = npt.NDArray[np.uint8]
 
 REASONS = {
     "long_prompt": "the prompt has more characters than pairs.max_prompt_chars",

@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from densityrm_core.arrays import Codes, id_keys
 from densityrm_core.near_duplicates import Flags, Keys, Signatures, cluster, normalised, signatures, with_twin
-from densityrm_core.prompts import id_keys
 from densityrm_core.settings import SplitSettings
 from densityrm_core.storage import batches, key_value_metadata
 from densityrm_core.streams import unit_intervals
 
-Codes = npt.NDArray[np.uint8]
 Known = tuple[Keys, Keys]  # ids of prompts, ascending, and their clusters
 
 HELD_OUT = ("test", "validation", "judge")

@@ -62,6 +62,12 @@ def _same(have: pl.DataType, want: pl.DataType) -> bool:
     return have == want
 
 
+def with_key(frame: pl.DataFrame, table: Table, **key: str | int | None) -> pl.DataFrame:
+    """`frame` with the constant columns `key` added, in the table's order."""
+    columns = [pl.lit(value, table.schema[name]).alias(name) for name, value in key.items()]
+    return table.check(frame.with_columns(columns).select(table.schema.names()))
+
+
 TURN = pl.Struct({"role": pl.String(), "content": pl.String()})
 EMBEDDING = pl.Array(pl.Float32(), 0)  # 0 stands for "whatever the encoder gives"
 

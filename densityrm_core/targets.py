@@ -10,9 +10,8 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from densityrm_core.arrays import Ints
 from densityrm_core.settings import RewardModelSettings
-
-Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Targets:
     label: Tensor
     weight: Tensor
 
-    def of(self, pairs: Numbers, device: torch.device) -> dict[str, Tensor]:
+    def of(self, pairs: Ints, device: torch.device) -> dict[str, Tensor]:
         """Those of some pairs, as `bradley_terry_loss` takes them."""
         return {name: getattr(self, name)[pairs].to(device) for name in ("margin", "label", "weight")}
 

@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from densityrm_core.prompts import id_keys
+from densityrm_core.arrays import Keys, id_keys
+from densityrm_core.files import sweep
 from densityrm_core.settings import EmbeddingSettings
-from densityrm_core.storage import batches, key_value_metadata, sweep, table_writer
+from densityrm_core.storage import batches, key_value_metadata, table_writer
 from densityrm_core.tables import CACHED_VECTORS
 from densityrm_core.vectors import Gathering
-
-Keys = npt.NDArray[np.uint64]
 
 
 class VectorCache:

@@ -8,13 +8,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from densityrm_core.prompts import id_keys
+from densityrm_core.arrays import Halves, Keys, Rows, id_keys
 from densityrm_core.storage import batches
 from densityrm_core.streams import mix64
-
-Halves = npt.NDArray[np.float16]
-Keys = npt.NDArray[np.uint64]
-Rows = npt.NDArray[np.int64]
 
 BLOCK = 16_384  # rows worked on at a time
 

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 from scipy.optimize import brentq
 
+from densityrm_core.arrays import Doubles, Ints
 from densityrm_core.settings import DensitySettings
 
-Doubles = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 _LARGEST_LOG_RATIO = 500.0  # of two weights: beyond this the smaller would underflow to zero
 ESS_TOLERANCE = 0.005  # a target is missed if the effective sample fraction is further away
 

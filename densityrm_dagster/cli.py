@@ -10,7 +10,7 @@ import typer
 from dagster._core.errors import DagsterExecutionInterruptedError  # what Ctrl-C becomes inside a run; exported nowhere else
 
 from densityrm_core.experiment import Experiment, ExperimentError, home, load_experiment
-from densityrm_core.storage import lock
+from densityrm_core.files import lock
 from densityrm_dagster.cli_chat import chat
 from densityrm_dagster.cli_data import explain, export_nanochat, import_nanochat, inspect
 from densityrm_dagster.cli_doctor import doctor, warn

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from densityrm_core.experiment import home, load_experiment
-from densityrm_core.storage import replacing
+from densityrm_core.files import replacing
 from densityrm_dagster.registry import RegistryError, registered_folder
 from densityrm_dagster.services import tracking_uri
 from densityrm_dagster.terminal import is_terminal

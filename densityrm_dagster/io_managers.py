@@ -10,7 +10,8 @@ import dagster as dg
 import polars as pl
 
 from densityrm_core import tables
-from densityrm_core.storage import Stored, held, lock, read_frame, sweep, temporary_folder, temporary_name, write_frame
+from densityrm_core.files import held, lock, sweep, temporary_folder, temporary_name
+from densityrm_core.storage import Stored, read_frame, write_frame
 from densityrm_dagster.partitions import partition_of
 
 TABLE = "table"  # definition metadata that names the asset's schema in densityrm_core.tables

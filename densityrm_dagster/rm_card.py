@@ -53,12 +53,11 @@ def validation_plots(
         key: model and seed, as in tables.RM_EVALUATION.
     """
     from densityrm_core import rm_plots
-    from densityrm_core.evaluation import with_key
     from densityrm_core.hardware import pick_device
     from densityrm_core.models import common_precision
     from densityrm_core.rm_evaluation import evaluate_reward_model, watched_pairs
     from densityrm_core.rm_metrics import measure, reliability
-    from densityrm_core.tables import RM_EVALUATION
+    from densityrm_core.tables import RM_EVALUATION, with_key
 
     scored = evaluate_reward_model(folder, watched_pairs(validation, strata), pick_device(experiment.compute.device))
     made_by = {"fingerprint": experiment.fingerprint, "precision": common_precision([folder])}

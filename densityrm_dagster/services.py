@@ -8,7 +8,7 @@ from pathlib import Path
 import dagster as dg
 from filelock import FileLock
 
-from densityrm_core.storage import lock, sweep
+from densityrm_core.files import lock, sweep
 from densityrm_dagster.reaper import close_dead_runs
 
 _DAGSTER_YAML = """\

@@ -12,9 +12,9 @@ from typing import Any
 
 from numpy.random import Generator
 
+from densityrm_core.files import replacing
 from densityrm_core.settings import PlantedSettings
 from densityrm_core.sources.planted_world import FOLLOW_UPS, PlantedWorld, pick
-from densityrm_core.storage import replacing
 
 __all__ = ["PlantedWorld", "planted_file", "planted_rows", "write_raw"]
 

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from densityrm_core.files import replacing
 from densityrm_core.processes import ordered_map
 from densityrm_core.settings import PLANTED, PlantedSettings, SourceSettings
 from densityrm_core.sources.files import RawFile, RawRow, raw_files
@@ -18,7 +19,7 @@ from densityrm_core.sources.nanochat_pairs import pairs_file
 from densityrm_core.sources.parsing import Parsed, SourceName, parse_rows
 from densityrm_core.sources.planted import planted_file
 from densityrm_core.sources.rows import SourceError
-from densityrm_core.storage import Stored, batches, replacing, table_writer
+from densityrm_core.storage import Stored, batches, table_writer
 from densityrm_core.tables import REJECTS, SOURCE_PAIRS
 
 _PARSER = 1  # raise when the same raw rows shall give other pairs or rejects

@@ -51,11 +51,11 @@ def _rm_evaluation(experiment: Experiment, downloads: Path) -> dg.AssetsDefiniti
     ) -> dg.Output[pl.DataFrame]:
         """Rewards of both reward models and of the baselines for every test pair, with the density stratum of its prompt."""
         from densityrm_core.baselines import fit_baselines
-        from densityrm_core.evaluation import with_key
         from densityrm_core.evaluation_sets import read_set
         from densityrm_core.hardware import pick_device
         from densityrm_core.models import common_precision
         from densityrm_core.rm_evaluation import evaluate_baseline, evaluate_reward_model, exam_pairs
+        from densityrm_core.tables import with_key
         from densityrm_dagster.rm_card import measurements
 
         set_up_torch(experiment.compute)
@@ -105,10 +105,11 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
         **folder: Path,
     ) -> dg.Output[pl.DataFrame]:
         """Replies of the base policy and of every arm to the same held-out prompts, with the judge's and both models' rewards."""
-        from densityrm_core.evaluation import evaluate_policies, held_out_prompts, open_exam, with_key
+        from densityrm_core.evaluation import evaluate_policies, held_out_prompts, open_exam
         from densityrm_core.hardware import pick_device
         from densityrm_core.judge import load_judge
         from densityrm_core.models import common_precision
+        from densityrm_core.tables import with_key
         from densityrm_dagster.policy_evaluation_card import evaluation_card
 
         set_up_torch(experiment.compute)
@@ -145,10 +146,10 @@ def _policy_curves(experiment: Experiment) -> dg.AssetsDefinition:
         **folder: Path,
     ) -> dg.Output[pl.DataFrame]:
         """The judge's reward of what every arm answered while it was trained, beside its KL from the base policy."""
-        from densityrm_core.evaluation import with_key
         from densityrm_core.hardware import pick_device
         from densityrm_core.judge import load_judge
         from densityrm_core.policy_curves import judged_curve
+        from densityrm_core.tables import with_key
         from densityrm_dagster.policy_evaluation_card import curves_card
 
         set_up_torch(experiment.compute)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from densityrm_core.experiment import Experiment
-from densityrm_core.model_files import BASE_MODELS, located, split_kind
+from densityrm_core.files import BASE_MODELS, located
+from densityrm_core.model_files import split_kind
 from densityrm_core.settings import PLANTED, SourceSettings
 from densityrm_dagster.doctor.lines import Line, first_line, green, red, size, yellow
 

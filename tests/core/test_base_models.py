@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from densityrm_core import base_models
 from densityrm_core.base_models import as_hugging_face
-from densityrm_core.model_files import BASE_MODELS, located
+from densityrm_core.files import BASE_MODELS, located
 from densityrm_core.models import ModelError, load_causal_lm, load_tokenizer, new_reward_model, save_model
 from densityrm_core.packing import pack, rewards, why_padded
 from densityrm_core.settings import BaseModelSettings

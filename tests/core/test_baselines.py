@@ -8,8 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 
+from densityrm_core.arrays import id_keys
 from densityrm_core.baselines import fit_bag_of_words, fit_baselines
-from densityrm_core.prompts import id_keys
 from densityrm_core.streams import unit_intervals
 
 from .sources import read

@@ -17,7 +17,6 @@ from densityrm_core.evaluation import (
     evaluate_policy,
     held_out_prompts,
     open_exam,
-    with_key,
 )
 from densityrm_core.models import load_causal_lm, load_codec, new_reward_model, save_model
 from densityrm_core.prompts import prompt_ids
@@ -25,7 +24,7 @@ from densityrm_core.rewarder import RewardScale
 from densityrm_core.rollout import sample_completions
 from densityrm_core.settings import EvaluationSettings, GrpoSettings
 from densityrm_core.streams import stream_seed
-from densityrm_core.tables import POLICY_EVALUATION
+from densityrm_core.tables import POLICY_EVALUATION, with_key
 
 from .tiny_models import tiny_language_model
 

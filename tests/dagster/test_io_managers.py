@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from densityrm_core import tables
-from densityrm_core.storage import GROUP_ROWS, batches, read_frame, table_writer, temporary_folder, write_frame
+from densityrm_core.files import temporary_folder
+from densityrm_core.storage import GROUP_ROWS, batches, read_frame, table_writer, write_frame
 from densityrm_dagster.io_managers import TABLE, FolderIOManager, ParquetIOManager
 
 FRAME = tables.METRICS.frame([{"step": 1, "metric": "train/loss", "value": 0.5}])
