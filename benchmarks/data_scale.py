@@ -23,9 +23,9 @@ from typing import Any
 
 import psutil
 
-from densityrm_core.pairs import unite_pairs
-from densityrm_core.prompts import unique_prompts
-from densityrm_core.selection import Taken
+from densityrm_core.pairs.prompts import unique_prompts
+from densityrm_core.pairs.selection import Taken
+from densityrm_core.pairs.union import unite_pairs
 from densityrm_core.settings import PairsSettings, PlantedSettings, SplitSettings, StackExchangeSettings
 from densityrm_core.sources import Folders, read_source
 from densityrm_core.sources.planted import planted_rows

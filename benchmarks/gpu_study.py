@@ -20,12 +20,12 @@ from densityrm_core.density import read_points, store_weights, weigh_prompts
 from densityrm_core.embedding import embed_prompts
 from densityrm_core.hardware import processors
 from densityrm_core.models import load_codec, save_model
-from densityrm_core.pairs import unite_pairs
-from densityrm_core.prompts import unique_prompts
+from densityrm_core.pairs.prompts import unique_prompts
+from densityrm_core.pairs.selection import Taken
+from densityrm_core.pairs.union import unite_pairs
 from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, train_reward_model
 from densityrm_core.rm_evaluation import evaluate_reward_model, exam_pairs
 from densityrm_core.sampling import uniform_weights
-from densityrm_core.selection import Taken
 from densityrm_core.settings import (
     PLANTED,
     BaseModelSettings,

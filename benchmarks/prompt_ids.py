@@ -19,7 +19,7 @@ os.environ.setdefault("POLARS_MAX_THREADS", "2")
 import polars as pl  # the number of its threads is read at import
 
 from benchmarks.measure import interleaved
-from densityrm_core.prompts import index_prompts
+from densityrm_core.pairs.prompts import index_prompts
 from densityrm_core.storage import GROUP_ROWS
 from densityrm_core.streams import stream
 

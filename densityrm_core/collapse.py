@@ -15,8 +15,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from densityrm_core.arrays import Flags, runs
-from densityrm_core.near_duplicates import Signatures, normalised, signatures, similarity
 from densityrm_core.neighbors import Search
+from densityrm_core.pairs.near_duplicates import Signatures, normalised, signatures, similarity
 from densityrm_core.storage import ascending_rows
 from densityrm_core.vectors import Halves, Keys, Rows, blocks, row_hashes, take
 

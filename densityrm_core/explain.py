@@ -12,8 +12,8 @@ import polars as pl
 from densityrm_core.arrays import Floats
 from densityrm_core.estimators import BANDWIDTH, distances, log_density, stratum
 from densityrm_core.experiment import Experiment
-from densityrm_core.inspection import InspectionError
-from densityrm_core.prompts import prompt_ids
+from densityrm_core.pairs.inspection import InspectionError
+from densityrm_core.pairs.prompts import prompt_ids
 from densityrm_core.storage import batches, key_value_metadata, read_frame
 from densityrm_core.weights import group_share
 

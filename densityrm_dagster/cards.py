@@ -20,8 +20,8 @@ _SENTENCE = 160  # characters of a cell that is read
 
 def data_card(pairs: Stored) -> dict[str, Any]:
     """Lengths, turns, pairs per prompt, languages and length bias of stored pairs, as numbers, tables and plots."""
-    from densityrm_core import data_plots
-    from densityrm_core.data_card import DataCardBuilder
+    from densityrm_core.pairs import plots as data_plots
+    from densityrm_core.pairs.card import DataCardBuilder
 
     if not pairs.rows:
         return {}

@@ -27,7 +27,7 @@ def inspect(
     given = {"prompt_id": prompt_id, "pair_id": pair_id, "reason": reason, "src": src, "split": split}
     filters = {column: value for column, value in given.items() if value is not None}
     with _one_line_errors():
-        from densityrm_core.inspection import InspectionError, describe_tables, inspect_table
+        from densityrm_core.pairs.inspection import InspectionError, describe_tables, inspect_table
 
         if table is None and filters:
             raise InspectionError(f"--{next(iter(filters)).replace('_', '-')} selects rows of a table: name the table first")
@@ -54,7 +54,7 @@ def explain(prompt: Annotated[str, typer.Argument(help="id of a prompt, or a tex
 def export_nanochat(out: Annotated[Path, typer.Argument(help="folder to write; a former export there is replaced")]) -> None:
     """Write pairs, prompts and density weights as the files nanochat's scripts read."""
     with _one_line_errors():
-        from densityrm_core import nanochat
+        from densityrm_core.pairs import nanochat_folder as nanochat
 
         summary = nanochat.export_nanochat(_tables(), out, _progress, load_experiment())
     print(f"pairs    {summary.pairs:,}  ({_counts(summary.sources)})")
@@ -70,7 +70,7 @@ def import_nanochat(folder: Annotated[Path, typer.Argument(help="folder with pai
     with _one_line_errors():
         import yaml
 
-        from densityrm_core.nanochat import NanochatError, check_nanochat
+        from densityrm_core.pairs.nanochat_folder import NanochatError, check_nanochat
 
         summary = check_nanochat(folder, _progress)
         if not summary.pairs:
@@ -110,8 +110,8 @@ def _one_line_errors() -> Generator[None]:
             if is_terminal(sys.stderr):
                 print("\r\x1b[K", end="", file=sys.stderr)
     except (ValueError, OSError) as error:
-        from densityrm_core.inspection import InspectionError
-        from densityrm_core.nanochat import NanochatError
+        from densityrm_core.pairs.inspection import InspectionError
+        from densityrm_core.pairs.nanochat_folder import NanochatError
         from densityrm_core.sources.rows import SourceError
 
         if not isinstance(error, ExperimentError | InspectionError | NanochatError | SourceError | OSError):

@@ -158,7 +158,7 @@ def _marked(reply: "Reply") -> str:
 
 def _visible(text: str) -> str:
     """`text` without anything that would steer the terminal."""
-    from densityrm_core.inspection import plain
+    from densityrm_core.pairs.inspection import plain
 
     return "\n".join(map(plain, text.expandtabs().split("\n"))) or "(an empty reply)"
 

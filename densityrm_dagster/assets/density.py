@@ -9,7 +9,7 @@ import polars as pl
 
 from densityrm_core.choices import noted
 from densityrm_core.experiment import Experiment
-from densityrm_core.prompts import unique_prompts
+from densityrm_core.pairs.prompts import unique_prompts
 from densityrm_core.tables import DENSITY_WEIGHTS, PAIR_WEIGHTS, PROMPT_EMBEDDINGS, PROMPTS
 from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content

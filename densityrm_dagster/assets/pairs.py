@@ -7,8 +7,8 @@ from typing import Any
 import dagster as dg
 
 from densityrm_core.experiment import Experiment
-from densityrm_core.pairs import Union, require_splits, unite_pairs
-from densityrm_core.selection import Taken
+from densityrm_core.pairs.selection import Taken
+from densityrm_core.pairs.union import Union, require_splits, unite_pairs
 from densityrm_core.sources import Folders, SourceRead, read_source
 from densityrm_core.storage import Stored
 from densityrm_core.tables import PREFERENCE_PAIRS, REJECTS, SOURCE_PAIRS, Table

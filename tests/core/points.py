@@ -6,8 +6,8 @@ import numpy as np
 import polars as pl
 
 from densityrm_core.density import Points, Weighing, weigh_prompts
-from densityrm_core.near_duplicates import normalised, signatures
-from densityrm_core.prompts import prompt_ids
+from densityrm_core.pairs.near_duplicates import normalised, signatures
+from densityrm_core.pairs.prompts import prompt_ids
 from densityrm_core.settings import DensitySettings
 from densityrm_core.storage import write_frame
 from densityrm_core.tables import PROMPT_EMBEDDINGS, PROMPTS

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from densityrm_core.selection import Taken
+from densityrm_core.pairs.selection import Taken
 from densityrm_core.settings import NanochatSettings, PlantedSettings, SourceSettings, StackExchangeSettings
 from densityrm_core.sources import Folders, SourceName, read_source
 from densityrm_core.sources.parsing import pair_row

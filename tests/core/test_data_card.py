@@ -16,8 +16,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from densityrm_core import data_plots
-from densityrm_core.data_card import BIN_STARTS, DataCard, DataCardBuilder, detect_languages
+from densityrm_core.pairs import plots as data_plots
+from densityrm_core.pairs.card import BIN_STARTS, DataCard, DataCardBuilder, detect_languages
 from densityrm_core.tables import TURN
 
 SCHEMA = {
@@ -241,5 +241,5 @@ def test_figures_are_small_pngs_without_warnings(figure, frame):
 
 
 def test_importing_the_modules_loads_neither_detector_nor_matplotlib():
-    code = "import sys, densityrm_core.data_plots; sys.exit(bool({'matplotlib', 'py3langid'} & set(sys.modules)))"
+    code = "import sys, densityrm_core.pairs.plots; sys.exit(bool({'matplotlib', 'py3langid'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603

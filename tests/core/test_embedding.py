@@ -17,7 +17,7 @@ from densityrm_core.embedding import Embedded, embed_prompts
 from densityrm_core.encoders import dtype_of, load_encoder
 from densityrm_core.files import located
 from densityrm_core.model_files import EmbeddingError
-from densityrm_core.prompts import prompt_ids
+from densityrm_core.pairs.prompts import prompt_ids
 from densityrm_core.settings import EmbeddingSettings
 from densityrm_core.storage import write_frame
 from densityrm_core.tables import PROMPTS

@@ -8,7 +8,7 @@ import pytest
 from densityrm_core.density import read_points, store_weights, weigh_prompts
 from densityrm_core.experiment import Experiment
 from densityrm_core.explain import explain, explanation_text
-from densityrm_core.inspection import InspectionError
+from densityrm_core.pairs.inspection import InspectionError
 from tests.core.points import vmf_mixture, write_tables
 
 COUNT, HELD_OUT = 300, 20

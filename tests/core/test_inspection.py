@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from densityrm_core.inspection import InspectionError, describe_tables, inspect_table, render, select
+from densityrm_core.pairs.inspection import InspectionError, describe_tables, inspect_table, render, select
 from densityrm_core.storage import GROUP_ROWS, write_frame
 from densityrm_core.tables import PREFERENCE_PAIRS, PROMPTS, REJECTS
 

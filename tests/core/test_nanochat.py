@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from densityrm_core.experiment import Experiment
-from densityrm_core.nanochat import ExportSummary, NanochatError, check_nanochat, export_nanochat
+from densityrm_core.pairs.nanochat_folder import ExportSummary, NanochatError, check_nanochat, export_nanochat
 from densityrm_core.settings import SourceSettings, StackExchangeSettings
 from densityrm_core.sources.files import raw_files
 from densityrm_core.sources.nanochat_pairs import pairs_file, parse, source_of

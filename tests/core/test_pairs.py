@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from densityrm_core.pairs import PairsError, Union, require_splits, unite_pairs
-from densityrm_core.prompts import PromptError, PromptKeys, index_prompts, prompt_ids, unique_prompts
-from densityrm_core.selection import Taken
+from densityrm_core.pairs.prompts import PromptError, PromptKeys, index_prompts, prompt_ids, unique_prompts
+from densityrm_core.pairs.selection import Taken
+from densityrm_core.pairs.union import PairsError, Union, require_splits, unite_pairs
 from densityrm_core.settings import PairsSettings, SplitSettings
 from densityrm_core.storage import read_frame, write_frame
 from densityrm_core.tables import SOURCE_PAIRS

@@ -6,11 +6,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from densityrm_core.near_duplicates import cluster, normalised, signatures, similarity, with_twin
-from densityrm_core.pairs import Union, unite_pairs
-from densityrm_core.selection import Taken
+from densityrm_core.pairs.near_duplicates import cluster, normalised, signatures, similarity, with_twin
+from densityrm_core.pairs.selection import Taken
+from densityrm_core.pairs.splits import HELD_OUT, SPLITS, splits_of
+from densityrm_core.pairs.union import Union, unite_pairs
 from densityrm_core.settings import PairsSettings, SplitSettings
-from densityrm_core.splits import HELD_OUT, SPLITS, splits_of
 
 from .sources import source
 

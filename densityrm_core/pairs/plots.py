@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from densityrm_core.data_card import BIN_STARTS, DataCard
 from densityrm_core.figures import BLUE, GREY, VERMILLION, nothing, plain_ticks, png, titled
+from densityrm_core.pairs.card import BIN_STARTS, DataCard
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import polars as pl
 
 from densityrm_core.arrays import id_keys, key_ids, same_key
-from densityrm_core.prompts import PromptIndex, PromptKeys, collided
-from densityrm_core.selection import CODES, KEPT, REASONS, Codes, Keys, Taken, apply_knobs, cap_prompts, vote
+from densityrm_core.pairs.prompts import PromptIndex, PromptKeys, collided
+from densityrm_core.pairs.selection import CODES, KEPT, REASONS, Codes, Keys, Taken, apply_knobs, cap_prompts, vote
+from densityrm_core.pairs.splits import HELD_OUT, SPLITS, Grouping, group_prompts, known_clusters, splits_of
 from densityrm_core.settings import PairsSettings, SplitSettings
-from densityrm_core.splits import HELD_OUT, SPLITS, Grouping, group_prompts, known_clusters, splits_of
 from densityrm_core.storage import Stored, batches, table_writer
 from densityrm_core.tables import PREFERENCE_PAIRS, REJECTS, SOURCE_PAIRS
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import polars as pl
 
 from densityrm_core.arrays import Codes, id_keys
-from densityrm_core.near_duplicates import Flags, Keys, Signatures, cluster, normalised, signatures, with_twin
+from densityrm_core.pairs.near_duplicates import Flags, Keys, Signatures, cluster, normalised, signatures, with_twin
 from densityrm_core.settings import SplitSettings
 from densityrm_core.storage import batches, key_value_metadata
 from densityrm_core.streams import unit_intervals
