@@ -21,13 +21,13 @@ from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 
 from benchmarks.measure import interleaved
-from densityrm_core.encoders import dtype_of, load_encoder
 from densityrm_core.estimators import log_density
 from densityrm_core.files import located
 from densityrm_core.hardware import device_kind
-from densityrm_core.neighbors import nearest
 from densityrm_core.settings import DensitySettings, EmbeddingSettings, PlantedSettings, SourceSettings
 from densityrm_core.sources import Folders, read_source
+from densityrm_core.vectors.encoders import dtype_of, load_encoder
+from densityrm_core.vectors.neighbors import nearest
 
 Floats = npt.NDArray[np.float32]
 _THREADS = 2

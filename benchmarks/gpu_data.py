@@ -12,10 +12,10 @@ import numpy.typing as npt
 from benchmarks.gpu_work import Check, Figures, language_model, require, seconds, sized_config
 from benchmarks.vectors import clustered_vectors
 from densityrm_core.choices import noted
-from densityrm_core.encoders import load_encoder
 from densityrm_core.hardware import processors
-from densityrm_core.neighbors import build_search
 from densityrm_core.settings import EmbeddingSettings
+from densityrm_core.vectors.encoders import load_encoder
+from densityrm_core.vectors.neighbors import build_search
 
 _WORDS = ("why", "how", "the", "old", "bicycle", "tomato", "violin", "lamp", "river", "write", "explain", "sort", "a", "my")
 _NEIGHBORS = 32

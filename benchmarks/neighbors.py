@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 from benchmarks.measure import memory, reset_peak
 from benchmarks.vectors import clustered_vectors
 from densityrm_core.hardware import device_kind
-from densityrm_core.neighbors import build_search
+from densityrm_core.vectors.neighbors import build_search
 
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]

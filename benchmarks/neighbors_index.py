@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from benchmarks.measure import memory
 from benchmarks.vectors import DIMENSIONS, clustered_vectors
-from densityrm_core.neighbors import build_search
+from densityrm_core.vectors.neighbors import build_search
 
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]

@@ -15,10 +15,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from densityrm_core.arrays import Flags, runs
-from densityrm_core.neighbors import Search
 from densityrm_core.pairs.near_duplicates import Signatures, normalised, signatures, similarity
 from densityrm_core.storage import ascending_rows
-from densityrm_core.vectors import Halves, Keys, Rows, blocks, row_hashes, take
+from densityrm_core.vectors.mapped import Halves, Keys, Rows, blocks, row_hashes, take
+from densityrm_core.vectors.neighbors import Search
 
 Sign = Callable[[Rows], Signatures]  # MinHash signatures of the texts of some rows
 OpenSearch = Callable[[Halves, int], Search]  # an array of vectors, and how many neighbours will be asked for

@@ -27,10 +27,10 @@ from densityrm_core.estimators import (
     sample_for_bandwidth,
     stratum,
 )
-from densityrm_core.neighbors import Search, build_search
 from densityrm_core.settings import ComputeSettings, DensitySettings
 from densityrm_core.storage import Stored, read_frame, table_writer
-from densityrm_core.vectors import Halves, Rows, blocks, map_vectors, take
+from densityrm_core.vectors.mapped import Halves, Rows, blocks, map_vectors, take
+from densityrm_core.vectors.neighbors import Search, build_search
 from densityrm_core.weights import ESS_TOLERANCE, Tempered, temper_weights
 
 Say = Callable[[str], None]

@@ -144,8 +144,8 @@ def _vector_of(prompt_id: str, embeddings: Path) -> Floats:
 
 
 def _embed(text: str, experiment: Experiment) -> Floats:
-    from densityrm_core.encoders import load_encoder
-    from densityrm_core.model_files import EmbeddingError
+    from densityrm_core.vectors.encoder_files import EmbeddingError
+    from densityrm_core.vectors.encoders import load_encoder
 
     try:
         return load_encoder(experiment.embedding).encode([text])[0][0]

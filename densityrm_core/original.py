@@ -14,7 +14,7 @@ import polars as pl
 
 from densityrm_core.arrays import Doubles
 from densityrm_core.estimators import distances
-from densityrm_core.neighbors import nearest
+from densityrm_core.vectors.neighbors import nearest
 from densityrm_core.weights import effective_fraction
 
 NEIGHBORS = 10

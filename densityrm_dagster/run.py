@@ -20,7 +20,7 @@ _PRELOAD = [
 ]
 _PRELOAD_TRAINING = [
     *_PRELOAD,
-    "densityrm_core.encoders",
+    "densityrm_core.vectors.encoders",
     "densityrm_core.density",
     "densityrm_core.evaluation",
     "densityrm_core.sft",

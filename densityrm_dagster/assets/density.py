@@ -74,8 +74,8 @@ def _prompt_embeddings(experiment: Experiment, vectors: Path) -> dg.AssetsDefini
         tables: dg.ResourceParam[ParquetIOManager],
     ) -> Iterator[dg.Output[Any]]:
         """A unit vector for every prompt: near in meaning, near in space."""
-        from densityrm_core.embedding import embed_prompts
         from densityrm_core.hardware import pick_device
+        from densityrm_core.vectors.embedding import embed_prompts
 
         set_up_torch(experiment.compute)
         settings, compute = experiment.embedding, experiment.compute

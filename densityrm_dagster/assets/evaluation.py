@@ -180,8 +180,8 @@ def _policy_diversity(experiment: Experiment) -> dg.AssetsDefinition:
     ) -> dg.Output[pl.DataFrame]:
         """How different the sampled replies of every policy are, in words and in meaning, within a prompt and across prompts."""
         from densityrm_core.diversity import measure_diversity
-        from densityrm_core.encoders import encoder_of_texts
         from densityrm_core.hardware import pick_device
+        from densityrm_core.vectors.encoders import encoder_of_texts
         from densityrm_dagster.policy_evaluation_card import diversity_card
 
         set_up_torch(experiment.compute)

@@ -51,9 +51,9 @@ def choices(experiment: Experiment, device: str, shape: "Shape | None", made: Pa
         made: folder of the base model, if there is one yet.
     """
     from densityrm_core.attention import attention_kernel, resolve_kernel
-    from densityrm_core.encoders import dtype_of
-    from densityrm_core.model_files import split_kind
-    from densityrm_core.scores import choose_arithmetic
+    from densityrm_core.vectors.arithmetic import choose_arithmetic
+    from densityrm_core.vectors.encoder_files import split_kind
+    from densityrm_core.vectors.encoders import dtype_of
 
     compute, from_file = experiment.compute, split_kind(experiment.embedding.model)[0] == "parquet"
     with attention_kernel(compute.attention):

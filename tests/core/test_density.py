@@ -150,7 +150,7 @@ def test_weights_depend_neither_on_the_order_of_rows_nor_on_the_size_of_blocks(
     ids = [f"{i:016x}" for i in np.random.default_rng(1).permutation(len(vectors))]
     weights = weigh(points(vectors, ids=ids), tmp_path).table["weight"].to_numpy()
     order = np.random.default_rng(4).permutation(len(vectors))
-    monkeypatch.setattr("densityrm_core.vectors.BLOCK", 777)
+    monkeypatch.setattr("densityrm_core.vectors.mapped.BLOCK", 777)
     shuffled = weigh(points(vectors[order], ids=[ids[i] for i in order]), tmp_path).table["weight"].to_numpy()
     assert shuffled == pytest.approx(weights[order], rel=1e-9)
 

@@ -12,15 +12,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from densityrm_core import embedding
-from densityrm_core.embedding import Embedded, embed_prompts
-from densityrm_core.encoders import dtype_of, load_encoder
 from densityrm_core.files import located
-from densityrm_core.model_files import EmbeddingError
 from densityrm_core.pairs.prompts import prompt_ids
 from densityrm_core.settings import EmbeddingSettings
 from densityrm_core.storage import write_frame
 from densityrm_core.tables import PROMPTS
+from densityrm_core.vectors import embedding
+from densityrm_core.vectors.embedding import Embedded, embed_prompts
+from densityrm_core.vectors.encoder_files import EmbeddingError
+from densityrm_core.vectors.encoders import dtype_of, load_encoder
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 WORDS = ["how", "do", "I", "brew", "coffee", "without", "a", "filter", "tea", "is", "bread", "made", "of", "stone", "why", "?"]
@@ -232,7 +232,7 @@ def test_a_spoilt_shard_is_said_and_embedded_again(llama: Path, tmp_path: Path):
 KILLED = """
 import sys
 from pathlib import Path
-from densityrm_core import embedding
+from densityrm_core.vectors import embedding
 from densityrm_core.settings import EmbeddingSettings
 embedding.SHARD = 16
 folder, model = Path(sys.argv[1]), sys.argv[2]

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from densityrm_core.exact_search import ExactSearch, best_of
-from densityrm_core.index_search import build_index, exact_by_parts
-from densityrm_core.neighbors import build_search, exact_is_affordable, nearest
-from densityrm_core.scores import Arithmetic, choose_arithmetic
+from densityrm_core.vectors.arithmetic import Arithmetic, choose_arithmetic
+from densityrm_core.vectors.exact_search import ExactSearch, best_of
+from densityrm_core.vectors.index_search import build_index, exact_by_parts
+from densityrm_core.vectors.neighbors import build_search, exact_is_affordable, nearest
 from tests.core.points import unit, vmf_mixture
 
 ARITHMETICS: list[Arithmetic] = ["int8", "bfloat16", "float32"]
@@ -93,7 +93,7 @@ def test_every_arithmetic_gives_the_same_bits(clustered: np.ndarray):
     ],
 )
 def test_the_arithmetic_follows_from_the_instruction_sets(features: set[str], expected: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("densityrm_core.scores.processor_features", lambda: frozenset(features))
+    monkeypatch.setattr("densityrm_core.vectors.arithmetic.processor_features", lambda: frozenset(features))
     assert choose_arithmetic("auto", 384) == expected
     assert choose_arithmetic("bfloat16", 384) == "bfloat16"
     assert choose_arithmetic("auto", 1) == "float32"
@@ -232,7 +232,7 @@ def test_few_vectors_are_searched_exactly_whatever_was_asked_for():
 
 
 def test_exact_search_by_parts_is_exact_search(many: np.ndarray, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("densityrm_core.index_search._BLOCK", 7_000)
+    monkeypatch.setattr("densityrm_core.vectors.index_search._BLOCK", 7_000)
     own = np.arange(200)
     found, expected = exact_by_parts(many, many[:200].astype(np.float32), 10, own, 2), nearest(many[:200], many, 10, own)
     assert np.array_equal(found[0], expected[0])

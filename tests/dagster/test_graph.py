@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from densityrm_core.experiment import Experiment
 from densityrm_core.models import read_card
-from densityrm_core.scores import choose_arithmetic
+from densityrm_core.vectors.arithmetic import choose_arithmetic
 from densityrm_dagster.build import build_definitions
 
 from .conftest import TINY, Run

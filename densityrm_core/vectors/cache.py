@@ -17,7 +17,7 @@ from densityrm_core.files import sweep
 from densityrm_core.settings import EmbeddingSettings
 from densityrm_core.storage import batches, key_value_metadata, table_writer
 from densityrm_core.tables import CACHED_VECTORS
-from densityrm_core.vectors import Gathering
+from densityrm_core.vectors.mapped import Gathering
 
 
 class VectorCache:

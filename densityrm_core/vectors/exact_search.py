@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from densityrm_core.arrays import Floats, Ints, Vectors
-from densityrm_core.scores import KINDS, Arithmetic, Scores, choose_arithmetic
+from densityrm_core.vectors.arithmetic import KINDS, Arithmetic, Scores, choose_arithmetic
 
 _GROUP, _TILE = 32, 2048  # columns of a group, of a tile
 _SPAN = 32_768  # columns whose scores are held at a time

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 from densityrm_core.arrays import Floats, Ints, Vectors
-from densityrm_core.exact_search import ExactSearch, bytes_needed
-from densityrm_core.index_search import build_index
-from densityrm_core.scores import Arithmetic
+from densityrm_core.vectors.arithmetic import Arithmetic
+from densityrm_core.vectors.exact_search import ExactSearch, bytes_needed
+from densityrm_core.vectors.index_search import build_index
 
 _EXACT_PRODUCTS = 1.5e13  # n n d up to which exact search is chosen, on any machine: 200,000 vectors of 384 dimensions
 _FEWEST_INDEXED = 1_000  # an index is not worth its training for fewer

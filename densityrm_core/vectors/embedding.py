@@ -12,12 +12,12 @@ import polars as pl
 
 from densityrm_core.arrays import Flags, Keys, id_keys
 from densityrm_core.files import temporary_folder
-from densityrm_core.model_files import EmbeddingError, normalize, revision_of, split_kind
 from densityrm_core.settings import EmbeddingSettings
 from densityrm_core.storage import Stored, batches, read_frame, table_writer
 from densityrm_core.tables import PROMPT_EMBEDDINGS
-from densityrm_core.vector_cache import VectorCache
-from densityrm_core.vectors import Gathering, VectorsError
+from densityrm_core.vectors.cache import VectorCache
+from densityrm_core.vectors.encoder_files import EmbeddingError, normalize, revision_of, split_kind
+from densityrm_core.vectors.mapped import Gathering, VectorsError
 
 Report = Callable[[int, int], None]
 
@@ -72,7 +72,7 @@ def embed_prompts(
         if kind == "parquet":
             _precomputed(Path(name), gathering)
         else:
-            from densityrm_core.encoders import dtype_of
+            from densityrm_core.vectors.encoders import dtype_of
 
             dtype = dtype_of(settings, device)
             store = VectorCache(cache, settings, revision, dtype)
@@ -97,7 +97,7 @@ def _embed_missing(
     count = int(missing.sum())
     if not count:
         return 0
-    from densityrm_core.encoders import load_encoder
+    from densityrm_core.vectors.encoders import load_encoder
 
     encoder, done = load_encoder(settings, threads, device), len(keys) - count
     for shard in _shards(prompts, missing):

@@ -15,8 +15,8 @@ import faiss
 import numpy as np
 
 from densityrm_core.arrays import Floats, Ints, Vectors
-from densityrm_core.exact_search import ExactSearch, available, best_of, finite, inner_products
 from densityrm_core.streams import stream
+from densityrm_core.vectors.exact_search import ExactSearch, available, best_of, finite, inner_products
 
 Say = Callable[[str], None]
 
