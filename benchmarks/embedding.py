@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 
 from benchmarks.measure import interleaved
-from densityrm_core.estimators import log_density
+from densityrm_core.density.definitions import log_density
 from densityrm_core.files import located
 from densityrm_core.hardware import device_kind
 from densityrm_core.settings import DensitySettings, EmbeddingSettings, PlantedSettings, SourceSettings

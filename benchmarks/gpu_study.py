@@ -16,7 +16,8 @@ import polars as pl
 
 from benchmarks.gpu_work import Check, Figures, require
 from densityrm_core.base_models import as_hugging_face
-from densityrm_core.density import read_points, store_weights, weigh_prompts
+from densityrm_core.density.pair_weights import weigh_pairs
+from densityrm_core.density.weighing import read_points, store_weights, weigh_prompts
 from densityrm_core.hardware import processors
 from densityrm_core.models import load_codec, save_model
 from densityrm_core.pairs.prompts import unique_prompts
@@ -41,7 +42,6 @@ from densityrm_core.settings import (
 from densityrm_core.sft import train_base_model
 from densityrm_core.sources import Folders, SourceName, read_source
 from densityrm_core.statistics import bootstrap_column, pair_models
-from densityrm_core.strata import weigh_pairs
 from densityrm_core.training import Watch
 from densityrm_core.vectors.embedding import embed_prompts
 

@@ -11,7 +11,7 @@ from densityrm_core.storage import Stored
 from densityrm_dagster.metadata import markdown_table, plot
 
 if TYPE_CHECKING:
-    from densityrm_core.density_card import DensityCard
+    from densityrm_core.density.card import DensityCard
 
 _CARD_COLUMNS = ["prompt_id", "prompt", "context", "chosen", "rejected", "src"]
 _FILES_SHOWN = 50
@@ -39,7 +39,7 @@ def data_card(pairs: Stored) -> dict[str, Any]:
 
 def density_metadata(card: "DensityCard", weights: pl.DataFrame, picture: bytes) -> dict[str, Any]:
     """The card of the weights: warnings first, then who is rare, how unevenly prompts are drawn, and the original beside it."""
-    from densityrm_core import plots
+    from densityrm_core.density import plots
 
     warnings = "\n".join(f"- {warning}" for warning in card.warnings) or "none"
     original = f"{card.agreement}\n\n{markdown_table(card.favourites)}\n\n{markdown_table(card.checklist, _SENTENCE)}"

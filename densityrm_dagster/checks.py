@@ -40,7 +40,7 @@ def _density_validation() -> dg.AssetChecksDefinition:
         prompts: pl.LazyFrame,
         experiment: dg.ResourceParam[Experiment],
     ) -> Iterator[dg.AssetCheckResult]:
-        from densityrm_core.validation import check_weights
+        from densityrm_core.density.checks import check_weights
 
         findings = check_weights(density_weights, prompts.select("prompt_id", "split").collect(), experiment.density.mass)
         inverted = experiment.density.definition == "original"
@@ -66,7 +66,7 @@ def _pair_validation() -> dg.AssetChecksDefinition:
         can_subset=True,
     )
     def pair_validation(context: dg.AssetCheckExecutionContext, pair_weights: pl.LazyFrame) -> Iterator[dg.AssetCheckResult]:
-        from densityrm_core.validation import check_pair_weights
+        from densityrm_core.density.checks import check_pair_weights
 
         findings = check_pair_weights(pair_weights.select("prompt_id", "split", "weight").collect())
         for name in _wanted(context):

@@ -42,7 +42,7 @@ def inspect(
 def explain(prompt: Annotated[str, typer.Argument(help="id of a prompt, or a text")]) -> None:
     """Show why a prompt weighs what it weighs: its neighbours, distances, density, decile, and how often it is drawn."""
     with _one_line_errors():
-        from densityrm_core.explain import explain, explanation_text
+        from densityrm_core.density.explain import explain, explanation_text
         from densityrm_dagster.tracking import set_up_torch
 
         experiment = load_experiment()

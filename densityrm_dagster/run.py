@@ -21,7 +21,7 @@ _PRELOAD = [
 _PRELOAD_TRAINING = [
     *_PRELOAD,
     "densityrm_core.vectors.encoders",
-    "densityrm_core.density",
+    "densityrm_core.density.weighing",
     "densityrm_core.evaluation",
     "densityrm_core.sft",
     "scipy.stats",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import polars as pl
 
-from densityrm_core import plots
+from densityrm_core import training_plots
 from densityrm_core.choices import Taken, noted
 from densityrm_core.experiment import Experiment
 from densityrm_core.settings import ComputeSettings, Settings
@@ -74,7 +74,7 @@ class Training:
             **{name.replace("/", "_"): value for name, value in final.items()},
             "seconds": round(time.monotonic() - self._started, 1),
             **record_hardware(self._mirror, self._taken),
-            "curves": plot(plots.curves(frame, curves, f"{self._unit} seen")),
+            "curves": plot(training_plots.curves(frame, curves, f"{self._unit} seen")),
             **self._mirror.metadata(),
         }
 

@@ -1,4 +1,4 @@
-"""Figures of a data card as PNG bytes, in the manner of densityrm_core.plots."""
+"""Figures of a data card as PNG bytes, in the manner of densityrm_core.density.plots."""
 
 from __future__ import annotations
 

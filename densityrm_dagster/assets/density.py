@@ -23,7 +23,7 @@ from densityrm_dagster.terminal import counted
 from densityrm_dagster.tracking import record_hardware, set_up_torch, tags_of
 
 if TYPE_CHECKING:
-    from densityrm_core.density import Points, Weighing
+    from densityrm_core.density.weighing import Points, Weighing
 
 _COMMON = {
     "group_name": "density",
@@ -120,8 +120,8 @@ def _density_weights(experiment: Experiment) -> dg.AssetsDefinition:
         mlflow: MLflowTracker,
     ) -> Iterator[dg.Output[Any]]:
         """Sampling weight of every training prompt: the rarer its neighbourhood, the heavier."""
-        from densityrm_core.density import read_points, store_weights, weigh_prompts
-        from densityrm_core.density_card import density_card
+        from densityrm_core.density.card import density_card
+        from densityrm_core.density.weighing import read_points, store_weights, weigh_prompts
 
         with tables.stage("density_weights") as folder:
             with clear_failures(), noted() as taken:
@@ -149,7 +149,7 @@ def _map(
     experiment: Experiment, points: "Points", weighing: "Weighing", prompts: Path, folder: Path, mirror: MirroredRun
 ) -> bytes:
     """The map of the training prompts as a picture; as a page that can be moved about in it goes to MLflow."""
-    from densityrm_core.prompt_map import lay_out, map_html, map_png
+    from densityrm_core.density.prompt_map import lay_out, map_html, map_png
     from densityrm_core.storage import rows_at
 
     weights, most = weighing.table, experiment.density.map_points
@@ -173,8 +173,8 @@ def _pair_weights() -> dg.AssetsDefinition:
         preference_pairs: Path, density_weights: pl.DataFrame, tables: dg.ResourceParam[ParquetIOManager]
     ) -> Iterator[dg.Output[Any]]:
         """Density stratum and sampling weight of every pair: those of its prompt, shared among the prompt's pairs."""
-        from densityrm_core import plots
-        from densityrm_core.strata import draws_by_decile, weigh_pairs
+        from densityrm_core.density import plots
+        from densityrm_core.density.pair_weights import draws_by_decile, weigh_pairs
 
         with tables.stage("pair_weights") as folder:
             with clear_failures():

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from densityrm_core.density import Points, Weighing, weigh_prompts
+from densityrm_core.density.weighing import Points, Weighing, weigh_prompts
 from densityrm_core.pairs.near_duplicates import normalised, signatures
 from densityrm_core.pairs.prompts import prompt_ids
 from densityrm_core.settings import DensitySettings

@@ -7,11 +7,11 @@ import polars as pl
 import pytest
 from scipy.stats import spearmanr
 
-from densityrm_core.density import DensityError
-from densityrm_core.estimators import bandwidth_of, distances, log_density
+from densityrm_core.density.checks import check_pair_weights, check_weights
+from densityrm_core.density.definitions import bandwidth_of, distances, log_density
+from densityrm_core.density.tempering import describe_weights
+from densityrm_core.density.weighing import DensityError
 from densityrm_core.settings import DensitySettings
-from densityrm_core.validation import check_pair_weights, check_weights
-from densityrm_core.weights import describe_weights
 from tests.core.points import points, unit, vmf_mixture, weigh, weights_of
 
 DIMENSIONS = 32

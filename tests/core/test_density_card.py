@@ -7,10 +7,10 @@ import polars as pl
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from densityrm_core.density import Points, Weighing, read_points, weigh_prompts
-from densityrm_core.density_card import DensityCard, density_card, find_warnings
-from densityrm_core.original import checklist, original_weights
-from densityrm_core.prompt_map import PromptMap, lay_out, map_html, map_png
+from densityrm_core.density.card import DensityCard, density_card, find_warnings
+from densityrm_core.density.original import checklist, original_weights
+from densityrm_core.density.prompt_map import PromptMap, lay_out, map_html, map_png
+from densityrm_core.density.weighing import Points, Weighing, read_points, weigh_prompts
 from densityrm_core.settings import DensitySettings
 from tests.core.points import points, unit, vmf_mixture, weigh, write_tables
 

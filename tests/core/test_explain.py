@@ -5,9 +5,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from densityrm_core.density import read_points, store_weights, weigh_prompts
+from densityrm_core.density.explain import explain, explanation_text
+from densityrm_core.density.weighing import read_points, store_weights, weigh_prompts
 from densityrm_core.experiment import Experiment
-from densityrm_core.explain import explain, explanation_text
 from densityrm_core.pairs.inspection import InspectionError
 from tests.core.points import vmf_mixture, write_tables
 

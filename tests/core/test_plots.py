@@ -7,7 +7,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from densityrm_core import plots, policy_metrics, policy_plots, rm_plots
+from densityrm_core import policy_metrics, policy_plots, rm_plots, training_plots
+from densityrm_core.density import plots
 from densityrm_core.rm_metrics import measure, reliability
 from densityrm_core.tables import (
     DENSITY_WEIGHTS,
@@ -15,7 +16,6 @@ from densityrm_core.tables import (
     POLICY_CURVES,
     POLICY_DIVERSITY,
     POLICY_EVALUATION,
-    REJECTS,
     RM_EVALUATION,
 )
 
@@ -37,12 +37,6 @@ def weights(n: int = 5000) -> pl.DataFrame:
             ]
         )
     )  # fmt: skip
-
-
-def rejects() -> pl.DataFrame:
-    counts = {"tie": 120, "empty": 30, "identical": 4}
-    row = {"src": "hh", "origin": "f:1", "detail": "", "raw": ""}
-    return REJECTS.frame([{**row, "reason": r, "pairs": n} for r, n in counts.items()])
 
 
 def metrics() -> pl.DataFrame:
@@ -87,8 +81,7 @@ def measured() -> pl.DataFrame:
 FIGURES = {
     "weight_histogram": lambda: plots.weight_histogram(weights()),
     "lorenz_curve": lambda: plots.lorenz_curve(weights()),
-    "reject_reasons": lambda: plots.reject_reasons(rejects()),
-    "curves": lambda: plots.curves(metrics(), ["loss", "accuracy", "absent"], "pairs seen"),
+    "curves": lambda: training_plots.curves(metrics(), ["loss", "accuracy", "absent"], "pairs seen"),
     "accuracy_by_decile": lambda: rm_plots.accuracy_by_decile(measure(rm(), 200)),
     "accuracy_by_source": lambda: rm_plots.accuracy_by_source(measure(rm(), 200)),
     "reliability_diagram": lambda: rm_plots.reliability_diagram(reliability(rm(), 200), measure(rm(), 200)),
@@ -100,8 +93,7 @@ FIGURES = {
 EMPTY = {
     "weight_histogram": lambda: plots.weight_histogram(DENSITY_WEIGHTS.empty()),
     "lorenz_curve": lambda: plots.lorenz_curve(DENSITY_WEIGHTS.empty()),
-    "reject_reasons": lambda: plots.reject_reasons(REJECTS.empty()),
-    "curves": lambda: plots.curves(METRICS.empty(), ["loss"], "pairs seen"),
+    "curves": lambda: training_plots.curves(METRICS.empty(), ["loss"], "pairs seen"),
     "accuracy_by_decile": lambda: rm_plots.accuracy_by_decile(NO_RM),
     "accuracy_by_source": lambda: rm_plots.accuracy_by_source(NO_RM),
     "reliability_diagram": lambda: rm_plots.reliability_diagram(reliability(RM_EVALUATION.empty(), 1), NO_RM),
@@ -140,13 +132,13 @@ def test_base_policy_alone_can_be_drawn():
 
 
 def test_importing_the_module_does_not_import_matplotlib():
-    code = "import sys, densityrm_core.plots; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, densityrm_core.density.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603
 
 
 def test_drawing_leaves_pyplot_alone():
     code = (
-        "import sys, densityrm_core.plots as p; from densityrm_core.tables import METRICS;"
+        "import sys, densityrm_core.density.plots as p; from densityrm_core.tables import METRICS;"
         "p.curves(METRICS.empty(), ['x'], 'y'); sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603

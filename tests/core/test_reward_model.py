@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from densityrm_core.checkpoints import CheckpointFolder
+from densityrm_core.density.tempering import temper_weights
 from densityrm_core.losses import bradley_terry_loss, centering_penalty
 from densityrm_core.models import CARD, ModelError, common_precision, load_codec, new_reward_model, save_model
 from densityrm_core.precision import resolve_precision
@@ -22,7 +23,6 @@ from densityrm_core.settings import BaseModelSettings, ComputeSettings, DensityS
 from densityrm_core.sft import train_base_model
 from densityrm_core.targets import relative_lead, targets_of
 from densityrm_core.training import TrainingStoppedError, Watch
-from densityrm_core.weights import temper_weights
 
 PAIRS = 60
 SETTINGS = RewardModelSettings(steps=6, pairs_per_step=8, evaluate_every=2, learning_rate=3e-3)

@@ -7,9 +7,9 @@ import polars as pl
 import pytest
 from torch.utils.data import DataLoader
 
+from densityrm_core.density.pair_weights import StrataError, weigh_pairs
 from densityrm_core.sampling import IidSampler, Sampler, SystematicSampler, WithoutReplacementSampler, make_sampler
 from densityrm_core.settings import SamplingSettings
-from densityrm_core.strata import StrataError, weigh_pairs
 from densityrm_core.streams import stream
 from densityrm_core.torch_sampler import TorchSampler
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
+from densityrm_core.density.tempering import describe_weights, group_share
 from densityrm_core.sampling import SystematicSampler
-from densityrm_core.weights import describe_weights, group_share
 
 Finding = tuple[bool, dict[str, float]]
 

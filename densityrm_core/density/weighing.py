@@ -17,8 +17,8 @@ import polars as pl
 
 from densityrm_core import tables
 from densityrm_core.arrays import Doubles, id_keys
-from densityrm_core.collapse import Alike, OpenSearch, Sign, collapse, signatures_from
-from densityrm_core.estimators import (
+from densityrm_core.density.collapse import Alike, OpenSearch, Sign, collapse, signatures_from
+from densityrm_core.density.definitions import (
     BANDWIDTH,
     bandwidth_of,
     distances,
@@ -27,11 +27,11 @@ from densityrm_core.estimators import (
     sample_for_bandwidth,
     stratum,
 )
+from densityrm_core.density.tempering import ESS_TOLERANCE, Tempered, temper_weights
 from densityrm_core.settings import ComputeSettings, DensitySettings
 from densityrm_core.storage import Stored, read_frame, table_writer
 from densityrm_core.vectors.mapped import Halves, Rows, blocks, map_vectors, take
 from densityrm_core.vectors.neighbors import Search, build_search
-from densityrm_core.weights import ESS_TOLERANCE, Tempered, temper_weights
 
 Say = Callable[[str], None]
 

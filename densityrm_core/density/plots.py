@@ -1,17 +1,11 @@
-"""Figures as PNG bytes: the title states the finding, an empty table gives a figure that says so."""
+"""Figures of the weights: how uneven they are. An empty table gives a figure that says so."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
-from densityrm_core.figures import BLUE, GREY, blank, nothing, plain_ticks, png, style, titled
-
-if TYPE_CHECKING:
-    pass
+from densityrm_core.figures import BLUE, GREY, nothing, plain_ticks, png, titled
 
 
 def weight_histogram(weights: pl.DataFrame) -> bytes:
@@ -65,41 +59,6 @@ def draws_by_decile(shares: pl.DataFrame) -> bytes:
     ax.set_xlabel("density decile of the prompt (1 rarest, 10 commonest)")
     ax.set_ylabel("share (%)")
     ax.legend(frameon=False)
-    return png(figure)
-
-
-def reject_reasons(rejects: pl.DataFrame) -> bytes:
-    """Candidate pairs that were rejected, by reason. Reads REJECTS."""
-    reasons = rejects.group_by("reason").agg(pl.col("pairs").sum()).sort("pairs", "reason", descending=[False, True])
-    if reasons.is_empty():
-        return nothing("No row was rejected", "every candidate became a pair")
-    names, counts = reasons["reason"].to_list(), reasons["pairs"].to_list()
-    figure, ax = titled(f"{sum(counts):,} candidate pairs rejected, most of them: {names[-1]}")
-    bars = ax.barh(names, counts, color=BLUE)
-    ax.bar_label(bars, [f"{n:,}" for n in counts], padding=3)
-    ax.margins(x=0.12)
-    ax.set_xlabel("candidate pairs")
-    return png(figure)
-
-
-def curves(metrics: pl.DataFrame, names: Sequence[str], x_label: str) -> bytes:
-    """Training curves side by side, one panel for each of `names` that METRICS holds."""
-    found = [name for name in names if (metrics["metric"] == name).any()]
-    if not found:
-        return nothing("Training curves", "none of " + ", ".join(names) + " was recorded")
-    from matplotlib.ticker import MaxNLocator
-
-    columns = min(3, len(found))
-    rows = -(-len(found) // columns)
-    figure = blank(max(6.4, 3.6 * columns), 0.6 + 3.0 * rows)
-    for i, name in enumerate(found):
-        ax = style(figure.add_subplot(rows, columns, i + 1))
-        curve = metrics.filter(pl.col("metric") == name).sort("step")
-        x, y = curve["step"].to_numpy(), curve["value"].to_numpy()
-        ax.plot(x, y, color=BLUE, linewidth=1.5, marker="o" if len(x) < 20 else None, markersize=3)
-        ax.set_title(f"{name}: {y[0]:.3g} to {y[-1]:.3g}", fontsize=10, loc="left")
-        ax.set_xlabel(x_label)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return png(figure)
 
 

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import polars as pl
 
 from densityrm_core.arrays import Doubles
-from densityrm_core.estimators import distances
+from densityrm_core.density.definitions import distances
+from densityrm_core.density.tempering import effective_fraction
 from densityrm_core.vectors.neighbors import nearest
-from densityrm_core.weights import effective_fraction
 
 NEIGHBORS = 10
 _CLOSEST = 1e-6

@@ -10,12 +10,12 @@ import numpy as np
 import polars as pl
 
 from densityrm_core.arrays import Floats
-from densityrm_core.estimators import BANDWIDTH, distances, log_density, stratum
+from densityrm_core.density.definitions import BANDWIDTH, distances, log_density, stratum
+from densityrm_core.density.tempering import group_share
 from densityrm_core.experiment import Experiment
 from densityrm_core.pairs.inspection import InspectionError
 from densityrm_core.pairs.prompts import prompt_ids
 from densityrm_core.storage import batches, key_value_metadata, read_frame
-from densityrm_core.weights import group_share
 
 _ID = r"^[0-9a-f]{16}$"
 

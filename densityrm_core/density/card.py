@@ -11,11 +11,11 @@ import polars as pl
 from scipy.stats import spearmanr
 
 from densityrm_core.arrays import Rows, id_keys
-from densityrm_core.density import Points, Weighing
-from densityrm_core.original import NEIGHBORS, checklist, original_weights
+from densityrm_core.density.original import NEIGHBORS, checklist, original_weights
+from densityrm_core.density.tempering import describe_weights, effective_fraction
+from densityrm_core.density.weighing import Points, Weighing
 from densityrm_core.settings import DensitySettings
 from densityrm_core.storage import batches, rows_at
-from densityrm_core.weights import describe_weights, effective_fraction
 
 _EXTREMES = 20  # prompts shown at either end
 _FAVOURITES = 10  # of each recipe
