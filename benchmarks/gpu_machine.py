@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu_work import Check, Figures, require
 from densityrm_core.attention import resolve_kernel
 from densityrm_core.hardware import device_kind, gpus, pick_device, processor_name, processors
-from densityrm_core.precision import WIDE, resolve_precision
+from densityrm_core.training.precision import WIDE, resolve_precision
 
 
 def machine(check: Check) -> Figures:

@@ -25,10 +25,10 @@ from densityrm_core.engines import TransformersEngine
 from densityrm_core.grpo import PolicyTask, train_policy
 from densityrm_core.likelihood import log_probs
 from densityrm_core.packing import pack
-from densityrm_core.precision import computing
 from densityrm_core.rollout import Rollout, sample_completions
 from densityrm_core.settings import ComputeSettings, GrpoSettings
-from densityrm_core.training import Watch
+from densityrm_core.training.loop import Watch
+from densityrm_core.training.precision import computing
 
 _GREEDY = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
 _NEW_GREEDY = 12

@@ -42,7 +42,7 @@ from densityrm_core.settings import (
 from densityrm_core.sft import train_base_model
 from densityrm_core.sources import Folders, SourceName, read_source
 from densityrm_core.statistics import bootstrap_column, pair_models
-from densityrm_core.training import Watch
+from densityrm_core.training.loop import Watch
 from densityrm_core.vectors.embedding import embed_prompts
 
 SOURCES: dict[SourceName, str] = {"hh_rlhf": "hh-rlhf", "ultrafeedback": "ultrafeedback", "stack_exchange": "stack-exchange"}

@@ -31,10 +31,10 @@ from densityrm_core.attention import attention_kernel
 from densityrm_core.likelihood import log_probs
 from densityrm_core.losses import bradley_terry_loss
 from densityrm_core.packing import pack, rewards, tokens_of
-from densityrm_core.precision import Precision, computing
 from densityrm_core.reward_model import RewardModelTask, train_reward_model
 from densityrm_core.settings import ComputeSettings, RewardModelSettings
-from densityrm_core.training import Watch
+from densityrm_core.training.loop import Watch
+from densityrm_core.training.precision import Precision, computing
 
 SAME = 1e-4  # relative: float32 on two devices, each summing in its own order, without TF32
 _LATE = 4  # graphs that the later half of the shapes may compile: a side of just 128, or whole and narrowed layers in turn

@@ -115,7 +115,7 @@ def _train_ours(turns: Turns, prompts: list[str], folder: Path, precision: str) 
     from densityrm_core.engines import TransformersEngine
     from densityrm_core.rewarder import ModelRewarder
     from densityrm_core.settings import ComputeSettings, GrpoSettings
-    from densityrm_core.training import Watch
+    from densityrm_core.training.loop import Watch
 
     turns.part("generate", TransformersEngine, "sample")
     turns.part("reward", ModelRewarder, "rewards")

@@ -19,7 +19,6 @@ import numpy as np
 import polars as pl
 import torch
 
-from densityrm_core.checkpoints import CheckpointFolder
 from densityrm_core.grpo import PolicyTask, TrainedPolicy, train_policy
 from densityrm_core.models import new_reward_model, save_model
 from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, train_reward_model
@@ -33,7 +32,8 @@ from densityrm_core.settings import (
 )
 from densityrm_core.sft import train_base_model
 from densityrm_core.sources import Folders, read_source
-from densityrm_core.training import Watch
+from densityrm_core.training.checkpoints import CheckpointFolder
+from densityrm_core.training.loop import Watch
 
 What = Literal["reward_model", "policy"]
 Device = Literal["cpu", "cuda"]

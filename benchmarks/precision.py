@@ -4,7 +4,7 @@ For each width a model of three layers and random weights does the same work in 
 are those of the planted world, long ones those of real dialogues, and no two batches have the same shape: a bfloat16 product of a
 new shape is compiled first, on CPUs. The last line is a JSON object: `ratio` by width (float32
 seconds / bfloat16 seconds of `step_short`, `step_long` and `rollout`), `device_kind`, `cpu` and `threads`. The threshold of
-`densityrm_core.precision` was read off such runs, which stand beside it.
+`densityrm_core.training.precision` was read off such runs, which stand beside it.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from densityrm_core.decoding import Decoding
 from densityrm_core.hardware import device_kind, processor_name
 from densityrm_core.losses import bradley_terry_loss
 from densityrm_core.packing import pack, rewards
-from densityrm_core.precision import Precision, computing
 from densityrm_core.rollout import sample_completions
+from densityrm_core.training.precision import Precision, computing
 
 WIDTHS, LAYERS, VOCABULARY = (128, 192, 256, 384, 576, 768), 3, 1024
 SHORT, LONG = (64, 24, 12), (16, 113, 45)  # pairs, mean tokens of the prompt, of a reply

@@ -36,8 +36,8 @@ from benchmarks.trl_work import (
     tokenize,
 )
 from benchmarks.turns import Side, Step, Turns, take_turns
-from densityrm_core.precision import Precision
-from densityrm_core.ranks import SOLO
+from densityrm_core.training.precision import Precision
+from densityrm_core.training.ranks import SOLO
 
 PAIRS, LONGEST, WARM_UP, LEARNING_RATE = 16, 512, 2, 1e-4
 SIDES = ("trl_defaults", "trl_stock", "trl_tuned", "trl_micro", "ours")
@@ -124,7 +124,7 @@ def _train_ours(turns: Turns, model: Any, pairs: list[IdPair], precision: Precis
     from densityrm_core.scoring import PreferenceTokens
     from densityrm_core.settings import RewardModelSettings
     from densityrm_core.targets import Targets
-    from densityrm_core.training import Part, Plan, Watch, optimize
+    from densityrm_core.training.loop import Part, Plan, Watch, optimize
 
     settings = RewardModelSettings(pairs_per_step=PAIRS, center_rewards=0, weight_decay=0)
     train = [PreferenceTokens(*_split(chosen, rejected)) for chosen, rejected in pairs]

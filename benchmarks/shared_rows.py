@@ -20,7 +20,7 @@ from densityrm_core.scoring import PreferenceTokens, tokenize_pairs
 from densityrm_core.settings import BaseModelSettings
 from densityrm_core.sft import train_base_model
 from densityrm_core.sources import Folders, read_source
-from densityrm_core.training import Watch
+from densityrm_core.training.loop import Watch
 
 PAIRS, ROUNDS = 32, 15
 

@@ -13,9 +13,9 @@ from densityrm_core.attention import packed_attention
 from densityrm_core.choices import take
 from densityrm_core.models import ModelError
 from densityrm_core.packing import backbone_of, decoder_layers, why_padded
-from densityrm_core.ranks import Ranks, shard
 from densityrm_core.settings import ComputeSettings, RewardModelSettings
 from densityrm_core.streams import stream_seed
+from densityrm_core.training.ranks import Ranks, shard
 
 
 def adapt(model: Any, settings: RewardModelSettings, compute: ComputeSettings, seed: int, ranks: Ranks) -> Callable[[], Any]:

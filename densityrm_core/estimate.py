@@ -24,10 +24,10 @@ from densityrm_core.likelihood import log_probs
 from densityrm_core.losses import bradley_terry_loss
 from densityrm_core.needs import AT_A_TIME, training_needed
 from densityrm_core.packing import Group, pack, rewards, split_by_tokens
-from densityrm_core.precision import Precision, computing
 from densityrm_core.settings import PLANTED
 from densityrm_core.shapes import Shape
 from densityrm_core.sources.planted import planted_rows
+from densityrm_core.training.precision import Precision, computing
 
 _CHARS = 3.8  # of a token: measured with the tokenizer of the planted world; those of public models are close to it
 _MOST_TOKENS, _MOST_NEW = 4096, 16  # of a unit as it is timed

@@ -18,7 +18,7 @@ from densityrm_core.sampling import Sampler
 from densityrm_core.settings import GrpoSettings
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import Turn
-from densityrm_core.training import TrainingError
+from densityrm_core.training.loop import TrainingError
 
 _NO_SPREAD = 1e-5  # standardised reward: equal completions of a packed row may differ in the last bits
 

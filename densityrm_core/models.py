@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from densityrm_core.precision import Precision, resolve_precision
-from densityrm_core.ranks import SOLO, Ranks, whole
 from densityrm_core.settings import BaseModelSettings, ComputeSettings
 from densityrm_core.streams import stream_seed
 from densityrm_core.tokens import CHAT_TEMPLATE, Codec
+from densityrm_core.training.precision import Precision, resolve_precision
+from densityrm_core.training.ranks import SOLO, Ranks, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

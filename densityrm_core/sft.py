@@ -12,16 +12,16 @@ import polars as pl
 
 from densityrm_core.attention import attention_kernel, resolve_kernel
 from densityrm_core.base_models import as_hugging_face
-from densityrm_core.checkpoints import key_of
 from densityrm_core.hardware import pick_device
 from densityrm_core.likelihood import log_probs
 from densityrm_core.models import fit_to_tokenizer, load_causal_lm, load_tokenizer, scratch_model, width_of
 from densityrm_core.packing import pack, say_if_padded
-from densityrm_core.precision import Precision, computing, resolve_precision
 from densityrm_core.sampling import SystematicSampler
 from densityrm_core.settings import BaseModelSettings, ComputeSettings
 from densityrm_core.tokens import Codec
-from densityrm_core.training import Part, Plan, Watch, optimize
+from densityrm_core.training.checkpoints import key_of
+from densityrm_core.training.loop import Part, Plan, Watch, optimize
+from densityrm_core.training.precision import Precision, computing, resolve_precision
 
 _ON_CPU = ComputeSettings(device="cpu")
 

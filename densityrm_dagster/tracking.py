@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import polars as pl
 
-from densityrm_core import training_plots
 from densityrm_core.choices import Taken, noted
 from densityrm_core.experiment import Experiment
 from densityrm_core.settings import ComputeSettings, Settings
+from densityrm_core.training import plots as training_plots
 from densityrm_dagster.metadata import plot
 from densityrm_dagster.mlflow_resource import MirroredRun, MLflowTracker
 from densityrm_dagster.partitions import partition_of
 from densityrm_dagster.registry import register_reward_model
 
 if TYPE_CHECKING:
-    from densityrm_core.training import Plan
+    from densityrm_core.training.loop import Plan
 
 _SAY_EVERY_S = 5.0
 _SHOWN = {"train/loss", "train/accuracy", "eval/accuracy", "reward/mean", "kl/sequence"}
@@ -38,8 +38,8 @@ class Training:
         compute: ComputeSettings,
         taken: Taken,
     ) -> None:
-        from densityrm_core.checkpoints import CheckpointFolder
-        from densityrm_core.training import Watch
+        from densityrm_core.training.checkpoints import CheckpointFolder
+        from densityrm_core.training.loop import Watch
 
         self._context, self._mirror, self._unit, self._taken = context, mirror, unit, taken
         self._started, self._said, self._resumed = time.monotonic(), 0.0, 0
@@ -110,7 +110,7 @@ def tracked(
 
     checkpoints: where the training goes on from if it was stopped.
     """
-    from densityrm_core.training import TrainingStoppedError
+    from densityrm_core.training.loop import TrainingStoppedError
 
     set_up_torch(experiment.compute)
     seed = partition_of(context) or "0"

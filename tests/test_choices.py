@@ -20,7 +20,7 @@ ASKS = re.compile(
 )
 MAY_ASK = {"densityrm_core/hardware.py", "densityrm_dagster/terminal.py"}
 MAY_DO = {  # not questions
-    "densityrm_core/ranks.py": {"torch.cuda."},  # set_device: a rank computes on the GPU of its number
+    "densityrm_core/training/ranks.py": {"torch.cuda."},  # set_device: a rank computes on the GPU of its number
 }
 
 

@@ -87,7 +87,7 @@ def _device(compute: ComputeSettings, device: str) -> Line:
 
 def _precision(experiment: Experiment, device: str, shape: "Shape | None", made: Path) -> str:
     from densityrm_core.models import ModelError, read_card
-    from densityrm_core.precision import resolve_precision
+    from densityrm_core.training.precision import resolve_precision
 
     wanted = experiment.compute.precision
     if wanted != "auto":

@@ -56,7 +56,7 @@ def duration(experiment: Experiment, shape: Shape, root: Path, device: str, made
     """How long the experiment takes from the first row to the verdict, by a probe of a few seconds."""
     from densityrm_core.estimate import TooLargeError, estimate, lengths_of, probe
     from densityrm_core.models import ModelError, read_card
-    from densityrm_core.precision import resolve_precision
+    from densityrm_core.training.precision import resolve_precision
 
     try:
         recorded = read_card(made).get("precision")

@@ -22,7 +22,7 @@ from densityrm_core.packing import pack, rewards, why_padded
 from densityrm_core.settings import BaseModelSettings
 from densityrm_core.sft import train_base_model
 from densityrm_core.tokens import CHAT_TEMPLATE, Codec
-from densityrm_core.training import Watch
+from densityrm_core.training.loop import Watch
 
 from .sources import read
 

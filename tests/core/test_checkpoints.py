@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.killed_training import kill_and_resume
-from densityrm_core.checkpoints import Checkpoints, key_of
-from densityrm_core.training import Plan, TrainingError, TrainingStoppedError, Watch, optimize
+from densityrm_core.training.checkpoints import Checkpoints, key_of
+from densityrm_core.training.loop import Plan, TrainingError, TrainingStoppedError, Watch, optimize
 
 PLAN = Plan(25, 4, 1e-2, weight_decay=0.05, log_every=4)
 
@@ -106,7 +106,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path: Path, monkeyp
 
     with pytest.raises(TrainingStoppedError):
         train(Checkpoints(tmp_path, "key", every=5), stop_at=7)
-    monkeypatch.setattr("densityrm_core.checkpoints.save_file", full)
+    monkeypatch.setattr("densityrm_core.training.checkpoints.save_file", full)
     assert_same(train(Checkpoints(tmp_path, "key", every=5, say=said.append)), train())
     assert "No space left on device; training goes on" in said[0]
     assert sorted(folder.name for folder in (tmp_path / "key").iterdir()) == ["step-00000005", "step-00000007"]

@@ -9,20 +9,20 @@ import polars as pl
 import pytest
 import torch
 
-from densityrm_core.checkpoints import CheckpointFolder
 from densityrm_core.decoding import Decoding
 from densityrm_core.engines import TransformersEngine
 from densityrm_core.experience import Collector, Questions
 from densityrm_core.grpo import PolicyTask, train_policy
 from densityrm_core.models import ModelError, load_causal_lm, load_codec, save_model, scratch_model
 from densityrm_core.policy_watch import sequence_kl
-from densityrm_core.precision import Precision
 from densityrm_core.rewarder import FunctionRewarder, ModelRewarder, RewardScale, load_rewarder, scale_of
 from densityrm_core.rollout import sample_completions
 from densityrm_core.sampling import SystematicSampler
 from densityrm_core.settings import BaseModelSettings, ComputeSettings, GrpoSettings
 from densityrm_core.tokens import Codec
-from densityrm_core.training import TrainingError, TrainingStoppedError, Watch
+from densityrm_core.training.checkpoints import CheckpointFolder
+from densityrm_core.training.loop import TrainingError, TrainingStoppedError, Watch
+from densityrm_core.training.precision import Precision
 from tests.core.tiny_models import TEXTS, tiny_language_model, tiny_reward_model
 
 QUICK = {"prompts_per_step": 4, "group_size": 8, "max_new_tokens": 8, "evaluate_every": 50, "warmup": 0.0}

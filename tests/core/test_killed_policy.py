@@ -35,7 +35,8 @@ def in_a_process(work: Callable[..., None], *arguments: Any) -> int | None:
 
 def killed(training: Training, moment: str) -> None:
     """Train, and be killed in the middle of `moment`."""
-    from densityrm_core import checkpoints, rollout
+    from densityrm_core import rollout
+    from densityrm_core.training import checkpoints
 
     def die_at(call: int, whole: Callable[..., Any], first: bool = True) -> Callable[..., Any]:
         calls = iter(range(1, 10**9))

@@ -24,7 +24,7 @@ from densityrm_core.packing import pack, rewards, why_padded
 from densityrm_core.settings import BaseModelSettings
 from densityrm_core.sft import train_base_model
 from densityrm_core.tokens import Codec
-from densityrm_core.training import Watch
+from densityrm_core.training.loop import Watch
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 IDS = torch.tensor([[5, 9, 33, 2, 71, 5, 5, 120, 44, 8, 19]])

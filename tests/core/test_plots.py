@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from densityrm_core import policy_metrics, policy_plots, rm_plots, training_plots
+from densityrm_core import policy_metrics, policy_plots, rm_plots
 from densityrm_core.density import plots
 from densityrm_core.rm_metrics import measure, reliability
 from densityrm_core.tables import (
@@ -18,6 +18,7 @@ from densityrm_core.tables import (
     POLICY_EVALUATION,
     RM_EVALUATION,
 )
+from densityrm_core.training import plots as training_plots
 
 from .policy_rows import curves_of, diversity_of
 

@@ -10,14 +10,14 @@ import polars as pl
 import pytest
 import torch
 
-from densityrm_core.checkpoints import CheckpointFolder
 from densityrm_core.models import save_model
-from densityrm_core.rank_processes import RanksError, on_ranks
-from densityrm_core.ranks import Ranks
 from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, train_reward_model
 from densityrm_core.settings import BaseModelSettings, ComputeSettings, RewardModelSettings
 from densityrm_core.sft import train_base_model
-from densityrm_core.training import Plan, TrainingError, TrainingStoppedError, Watch
+from densityrm_core.training.checkpoints import CheckpointFolder
+from densityrm_core.training.loop import Plan, TrainingError, TrainingStoppedError, Watch
+from densityrm_core.training.rank_processes import RanksError, on_ranks
+from densityrm_core.training.ranks import Ranks
 
 SETTINGS = RewardModelSettings(steps=8, pairs_per_step=9, tokens_per_batch=120, evaluate_every=4, learning_rate=1e-3)
 UNDER_TORCHRUN = """
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np, polars as pl, torch
 from densityrm_core.settings import ComputeSettings, RewardModelSettings
 from densityrm_core.reward_model import RewardModelTask, train_reward_model
-from densityrm_core.training import Watch
+from densityrm_core.training.loop import Watch
 torch.set_num_threads(1)
 folder, settings = Path(sys.argv[1]), RewardModelSettings.model_validate_json(sys.argv[2])
 pairs = pl.read_parquet(folder / "pairs.parquet")

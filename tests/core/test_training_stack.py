@@ -16,7 +16,7 @@ from densityrm_core.reward_model import RewardModelTask, train_reward_model
 from densityrm_core.scoring import tokenize_pairs
 from densityrm_core.settings import BaseModelSettings, ComputeSettings, RewardModelSettings
 from densityrm_core.sft import train_base_model
-from densityrm_core.training import Plan, TrainingError, TrainingStoppedError, Watch, learning_rate_at, optimize
+from densityrm_core.training.loop import Plan, TrainingError, TrainingStoppedError, Watch, learning_rate_at, optimize
 
 SETTINGS = BaseModelSettings(vocab_size=400, hidden_size=32, layers=2, steps=40, batch_size=16, max_reply_tokens=16)
 

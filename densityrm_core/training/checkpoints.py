@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from densityrm_core.files import lock, temporary_name
-from densityrm_core.ranks import SOLO, Ranks, sharded_like, whole
+from densityrm_core.training.ranks import SOLO, Ranks, sharded_like, whole
 
 Metrics = dict[str, float]
 

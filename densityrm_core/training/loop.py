@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from densityrm_core import tables
-from densityrm_core.checkpoints import CheckpointFolder, Checkpoints, Progress
-from densityrm_core.ranks import SOLO, Ranks, clip_gradients, divided
+from densityrm_core.training.checkpoints import CheckpointFolder, Checkpoints, Progress
+from densityrm_core.training.ranks import SOLO, Ranks, clip_gradients, divided
 
 Part = tuple[Tensor | None, dict[str, float]]  # scalar loss, or None where there is nothing to learn; metrics
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from densityrm_core.choices import take
 from densityrm_core.processes import exit_with_parent
-from densityrm_core.ranks import backend_of, joined
+from densityrm_core.training.ranks import backend_of, joined
 
 _LOOK_EVERY_S = 0.2
 
