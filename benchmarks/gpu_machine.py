@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_work import Check, Figures, require
-from densityrm_core.attention import resolve_kernel
 from densityrm_core.hardware import device_kind, gpus, pick_device, processor_name, processors
+from densityrm_core.models.attention import resolve_kernel
 from densityrm_core.training.precision import WIDE, resolve_precision
 
 

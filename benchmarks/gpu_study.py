@@ -15,11 +15,12 @@ import numpy.typing as npt
 import polars as pl
 
 from benchmarks.gpu_work import Check, Figures, require
-from densityrm_core.base_models import as_hugging_face
 from densityrm_core.density.pair_weights import weigh_pairs
 from densityrm_core.density.weighing import read_points, store_weights, weigh_prompts
 from densityrm_core.hardware import processors
-from densityrm_core.models import load_codec, save_model
+from densityrm_core.models.base_model import train_base_model
+from densityrm_core.models.conversion import as_hugging_face
+from densityrm_core.models.folders import load_codec, save_model
 from densityrm_core.pairs.prompts import unique_prompts
 from densityrm_core.pairs.selection import Taken
 from densityrm_core.pairs.union import unite_pairs
@@ -39,7 +40,6 @@ from densityrm_core.settings import (
     SplitSettings,
     StackExchangeSettings,
 )
-from densityrm_core.sft import train_base_model
 from densityrm_core.sources import Folders, SourceName, read_source
 from densityrm_core.statistics import bootstrap_column, pair_models
 from densityrm_core.training.loop import Watch

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from densityrm_core.choices import Taken
-from densityrm_core.nanochat_classifier import register_classifier
-from densityrm_core.packing import Group, _takes_narrowing, why_padded
+from densityrm_core.models.nanochat_classifier import register_classifier
+from densityrm_core.models.packing import Group, _takes_narrowing, why_padded
 
 Figures = dict[str, Any]
 

@@ -55,8 +55,8 @@ def main() -> None:
 
 def _save_models(folder: Path, shape: str, tokenizer: Any) -> None:
     """Policy and reward model of random weights, as folders that both sides load."""
-    from densityrm_core.models import save_model
-    from densityrm_core.tokens import Codec
+    from densityrm_core.models.folders import save_model
+    from densityrm_core.models.tokens import Codec
 
     tokenizer.chat_template = VERBATIM
     codec = Codec(tokenizer, 512, NEW_TOKENS)

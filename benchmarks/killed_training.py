@@ -20,7 +20,8 @@ import polars as pl
 import torch
 
 from densityrm_core.grpo import PolicyTask, TrainedPolicy, train_policy
-from densityrm_core.models import new_reward_model, save_model
+from densityrm_core.models.base_model import train_base_model
+from densityrm_core.models.folders import new_reward_model, save_model
 from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, train_reward_model
 from densityrm_core.settings import (
     BaseModelSettings,
@@ -30,7 +31,6 @@ from densityrm_core.settings import (
     RewardModelSettings,
     SourceSettings,
 )
-from densityrm_core.sft import train_base_model
 from densityrm_core.sources import Folders, read_source
 from densityrm_core.training.checkpoints import CheckpointFolder
 from densityrm_core.training.loop import Watch

@@ -21,7 +21,7 @@ from benchmarks.measure import interleaved
 from densityrm_core.decoding import Decoding
 from densityrm_core.hardware import device_kind, processor_name
 from densityrm_core.losses import bradley_terry_loss
-from densityrm_core.packing import pack, rewards
+from densityrm_core.models.packing import pack, rewards
 from densityrm_core.rollout import sample_completions
 from densityrm_core.training.precision import Precision, computing
 

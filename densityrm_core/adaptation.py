@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from densityrm_core.attention import packed_attention
 from densityrm_core.choices import take
-from densityrm_core.models import ModelError
-from densityrm_core.packing import backbone_of, decoder_layers, why_padded
+from densityrm_core.models.attention import packed_attention
+from densityrm_core.models.folders import ModelError
+from densityrm_core.models.packing import backbone_of, decoder_layers, why_padded
 from densityrm_core.settings import ComputeSettings, RewardModelSettings
 from densityrm_core.streams import stream_seed
 from densityrm_core.training.ranks import Ranks, shard

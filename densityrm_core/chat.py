@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from densityrm_core.decoding import Decoding
-from densityrm_core.models import (
+from densityrm_core.models.folders import (
     CARD,
     ModelError,
     fit_to_tokenizer,
@@ -20,10 +20,10 @@ from densityrm_core.models import (
     most_tokens,
     read_config,
 )
+from densityrm_core.models.tokens import CHAT_TEMPLATE, Codec, Turn
 from densityrm_core.rollout import sample_completions
 from densityrm_core.scorer import ConversationError, Scorer, prompt_ids
 from densityrm_core.streams import stream_seed
-from densityrm_core.tokens import CHAT_TEMPLATE, Codec, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

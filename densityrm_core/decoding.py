@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from densityrm_core.packing import Ids
+from densityrm_core.models.packing import Ids
 from densityrm_core.streams import Words, mix64, stream_seed
 
 _TO_UNIT = 2.0**-32

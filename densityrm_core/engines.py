@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from densityrm_core.decoding import Decoding
-from densityrm_core.packing import Ids, treat_alike
+from densityrm_core.models.packing import Ids, treat_alike
 from densityrm_core.rollout import Rollout, sample_completions
 from densityrm_core.streams import Words
 from densityrm_core.training.precision import Precision

@@ -17,14 +17,14 @@ from densityrm_core.arms import ARMS, best_of_name
 from densityrm_core.arrays import id_keys
 from densityrm_core.decoding import Decoding
 from densityrm_core.judge import Judge
-from densityrm_core.likelihood import likelihood, log_probs
-from densityrm_core.models import load_causal_lm, load_codec
-from densityrm_core.packing import pack
+from densityrm_core.models.folders import load_causal_lm, load_codec
+from densityrm_core.models.likelihood import likelihood, log_probs
+from densityrm_core.models.packing import pack
+from densityrm_core.models.tokens import Codec
 from densityrm_core.rewarder import Rewarder, load_rewarder
 from densityrm_core.rollout import sample_completions
 from densityrm_core.settings import EvaluationSettings, GrpoSettings
 from densityrm_core.streams import stream_seed, unit_intervals
-from densityrm_core.tokens import Codec
 
 Groups = list[list[list[int]]]
 

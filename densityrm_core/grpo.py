@@ -11,7 +11,6 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from densityrm_core.attention import attention_kernel, resolve_kernel
 from densityrm_core.choices import take
 from densityrm_core.decoding import Decoding
 from densityrm_core.engines import Engine, TransformersEngine
@@ -19,16 +18,17 @@ from densityrm_core.experience import Batch, Collector, Experience, Questions
 from densityrm_core.grpo_loss import Sampled, policy_loss
 from densityrm_core.hardware import pick_device
 from densityrm_core.kl_control import KLControl
-from densityrm_core.likelihood import likelihood, log_probs
-from densityrm_core.models import ModelError, load_causal_lm, load_codec, precision_of
-from densityrm_core.packing import say_if_padded
+from densityrm_core.models.attention import attention_kernel, resolve_kernel
+from densityrm_core.models.folders import ModelError, load_causal_lm, load_codec, precision_of
+from densityrm_core.models.likelihood import likelihood, log_probs
+from densityrm_core.models.packing import say_if_padded
+from densityrm_core.models.tokens import Codec
 from densityrm_core.policy_watch import PolicyWatch
 from densityrm_core.rewarder import Rewarder, RewardFunction, RewardScale, load_rewarder, scale_of
 from densityrm_core.rollout import sample_completions
 from densityrm_core.sampling import Sampler, make_sampler
 from densityrm_core.settings import ComputeSettings, GrpoSettings, SamplingSettings
 from densityrm_core.streams import stream_seed
-from densityrm_core.tokens import Codec
 from densityrm_core.training.checkpoints import Best, key_of
 from densityrm_core.training.loop import Part, Plan, Watch, optimize
 from densityrm_core.training.precision import Precision, computing

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from densityrm_core.models import ModelError
+from densityrm_core.models.folders import ModelError
 from densityrm_core.scorer import load_scorer
 from densityrm_core.settings import PlantedSettings
 from densityrm_core.sources.planted import PlantedWorld

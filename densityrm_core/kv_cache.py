@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from densityrm_core.attention import Layout, attend
+from densityrm_core.models.attention import Layout, attend
 
 NAME = "densityrm_rollout"
 # On recent GPUs PyTorch would take cuDNN first, which builds a graph, some 30 ms, for every new number of columns: every token

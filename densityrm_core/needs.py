@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from densityrm_core.experiment import Experiment
+from densityrm_core.models.shapes import Shape
 from densityrm_core.settings import PLANTED
-from densityrm_core.shapes import Shape
 
 AT_A_TIME = 2  # assets that are made at a time
 _PROGRAM = int(0.75 * 2**30)  # of a process with its libraries; measured, 0.65 and 0.76 GiB

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densityrm_core.models import CARD, read_card
-from densityrm_core.packing import Ids
+from densityrm_core.models.folders import CARD, read_card
+from densityrm_core.models.packing import Ids
+from densityrm_core.models.tokens import Codec, Turn
 from densityrm_core.scorer import Scorer, load_scorer
 from densityrm_core.scoring import score_groups
-from densityrm_core.tokens import Codec, Turn
 
 Context = Sequence[Turn]
 RewardFunction = Callable[[Sequence[Context], Sequence[str]], Sequence[float]]

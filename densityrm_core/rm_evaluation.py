@@ -14,7 +14,7 @@ import numpy.typing as npt
 import polars as pl
 
 from densityrm_core.baselines import Baseline
-from densityrm_core.models import load_codec, load_reward_model
+from densityrm_core.models.folders import load_codec, load_reward_model
 from densityrm_core.scoring import Report, score_pairs, tokenize_pairs
 
 Rewards = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]

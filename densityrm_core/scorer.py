@@ -9,10 +9,18 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from densityrm_core.models import CARD, ModelError, load_codec, load_reward_model, load_tokenizer, most_tokens, read_config
-from densityrm_core.packing import Group
+from densityrm_core.models.folders import (
+    CARD,
+    ModelError,
+    load_codec,
+    load_reward_model,
+    load_tokenizer,
+    most_tokens,
+    read_config,
+)
+from densityrm_core.models.packing import Group
+from densityrm_core.models.tokens import CHAT_TEMPLATE, Codec, Turn
 from densityrm_core.scoring import score_groups
-from densityrm_core.tokens import CHAT_TEMPLATE, Codec, Turn
 
 _LONGEST = 8192  # tokens of prompt and reply together, where neither a card nor the model says less
 _HEAD = "ForSequenceClassification"

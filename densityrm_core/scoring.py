@@ -10,8 +10,8 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from densityrm_core.packing import Group, Ids, pack, rewards, split_by_tokens
-from densityrm_core.tokens import Codec
+from densityrm_core.models.packing import Group, Ids, pack, rewards, split_by_tokens
+from densityrm_core.models.tokens import Codec
 
 Report = Callable[[int, int], None]  # groups that are scored, and all
 

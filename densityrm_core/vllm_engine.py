@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from densityrm_core.decoding import Decoding
-from densityrm_core.models import ModelError
-from densityrm_core.packing import Ids
+from densityrm_core.models.folders import ModelError
+from densityrm_core.models.packing import Ids
 from densityrm_core.rollout import Rollout
 from densityrm_core.streams import Words
 

@@ -153,7 +153,7 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
     except (ValueError, OSError) as error:
         if not isinstance(error, OSError | RegistryError):
-            from densityrm_core.models import ModelError
+            from densityrm_core.models.folders import ModelError
             from densityrm_core.sources import SourceError
 
             if not isinstance(error, ModelError | SourceError):

@@ -54,7 +54,7 @@ def validation_plots(
     """
     from densityrm_core import rm_plots
     from densityrm_core.hardware import pick_device
-    from densityrm_core.models import common_precision
+    from densityrm_core.models.folders import common_precision
     from densityrm_core.rm_evaluation import evaluate_reward_model, watched_pairs
     from densityrm_core.rm_metrics import measure, reliability
     from densityrm_core.tables import RM_EVALUATION, with_key

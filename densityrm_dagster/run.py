@@ -23,7 +23,7 @@ _PRELOAD_TRAINING = [
     "densityrm_core.vectors.encoders",
     "densityrm_core.density.weighing",
     "densityrm_core.evaluation",
-    "densityrm_core.sft",
+    "densityrm_core.models.base_model",
     "scipy.stats",
     "mlflow.pyfunc",
     "mlflow.store.tracking.sqlalchemy_store",

@@ -15,7 +15,7 @@ from densityrm_dagster.terminal import is_terminal
 
 if TYPE_CHECKING:
     from densityrm_core.chat import Conversation, Reply
-    from densityrm_core.tokens import Codec
+    from densityrm_core.models.tokens import Codec
 
 _HELP = """/reset          forget the conversation
 /system TEXT    set the system turn, which stands before the conversation; without TEXT there is none

@@ -140,7 +140,7 @@ def set_up_torch(compute: ComputeSettings) -> None:
     import torch
     from transformers.utils import logging
 
-    from densityrm_core.attention import use_kernel
+    from densityrm_core.models.attention import use_kernel
 
     torch.set_num_threads(compute.threads)
     use_kernel(compute.attention)

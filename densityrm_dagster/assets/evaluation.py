@@ -53,7 +53,7 @@ def _rm_evaluation(experiment: Experiment, downloads: Path) -> dg.AssetsDefiniti
         from densityrm_core.baselines import fit_baselines
         from densityrm_core.evaluation_sets import read_set
         from densityrm_core.hardware import pick_device
-        from densityrm_core.models import common_precision
+        from densityrm_core.models.folders import common_precision
         from densityrm_core.rm_evaluation import evaluate_baseline, evaluate_reward_model, exam_pairs
         from densityrm_core.tables import with_key
         from densityrm_dagster.rm_card import measurements
@@ -108,7 +108,7 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
         from densityrm_core.evaluation import evaluate_policies, held_out_prompts, open_exam
         from densityrm_core.hardware import pick_device
         from densityrm_core.judge import load_judge
-        from densityrm_core.models import common_precision
+        from densityrm_core.models.folders import common_precision
         from densityrm_core.tables import with_key
         from densityrm_dagster.policy_evaluation_card import evaluation_card
 
@@ -259,7 +259,7 @@ def _key(context: dg.AssetExecutionContext, experiment: Experiment, folder: Mapp
 
 def _fingerprint(context: dg.AssetExecutionContext, experiment: Experiment, made_by: Mapping[Path, Settings]) -> str:
     """The experiment's fingerprint, or another one if a model was trained with settings chosen at launch: not comparable."""
-    from densityrm_core.models import read_card
+    from densityrm_core.models.folders import read_card
 
     other = [folder for folder, section in made_by.items() if read_card(folder)["settings"] != section.model_dump(mode="json")]
     if not other:

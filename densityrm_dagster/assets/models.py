@@ -45,8 +45,8 @@ def _base_model(experiment: Experiment, converted: Path) -> dg.AssetsDefinition:
         mlflow: MLflowTracker,
     ) -> dg.Output[Path]:
         """Tokenizer and language model, tuned on the chosen replies: where every arm starts."""
-        from densityrm_core.models import save_model
-        from densityrm_core.sft import train_base_model
+        from densityrm_core.models.base_model import train_base_model
+        from densityrm_core.models.folders import save_model
 
         settings, folder = chosen(config, experiment.base_model), folders.stage(context)
         train = preference_pairs.filter(pl.col("split") == "train")
@@ -88,7 +88,7 @@ def _judge(experiment: Experiment) -> dg.AssetsDefinition:
     ) -> dg.Output[Path]:
         """The gold judge: the planted rule where the truth is known, else a reward model of the judge split."""
         from densityrm_core.judge import save_planted_judge
-        from densityrm_core.models import save_model
+        from densityrm_core.models.folders import save_model
         from densityrm_core.reward_model import RewardModelTask, train_reward_model
         from densityrm_core.sampling import uniform_weights
 

@@ -63,7 +63,7 @@ def _policy(arm: Arm, experiment: Experiment) -> dg.AssetsDefinition:
     ) -> Iterator[Any]:
         from densityrm_core.evaluation import held_out_prompts
         from densityrm_core.grpo import PolicyTask, train_policy
-        from densityrm_core.models import save_model
+        from densityrm_core.models.folders import save_model
         from densityrm_core.sampling import training_prompts
 
         settings, folder, seed = chosen(config, experiment.grpo), folders.stage(context), seed_of(context)

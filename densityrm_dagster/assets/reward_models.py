@@ -66,7 +66,7 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
         folders: dg.ResourceParam[FolderIOManager],
         mlflow: MLflowTracker,
     ) -> Iterator[Any]:
-        from densityrm_core.models import save_model
+        from densityrm_core.models.folders import save_model
         from densityrm_core.reward_model import RewardModelTask, train_reward_model
 
         settings, folder, seed = chosen(config, experiment.reward_model), folders.stage(context), seed_of(context)

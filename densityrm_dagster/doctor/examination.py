@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from densityrm_core.experiment import Experiment
-from densityrm_core.shapes import shape_of
+from densityrm_core.models.shapes import shape_of
 from densityrm_dagster.doctor.lines import COLOURS, Colour, Line, Section, green
 from densityrm_dagster.doctor.material import base_model, encoder, judge, sources
 from densityrm_dagster.doctor.servers import ports, state

@@ -9,7 +9,7 @@ from densityrm_core.settings import ComputeSettings
 from densityrm_dagster.doctor.lines import Line, green, red, size, yellow
 
 if TYPE_CHECKING:
-    from densityrm_core.shapes import Shape
+    from densityrm_core.models.shapes import Shape
 
 _MATTERS = ("avx2", "avx512_bf16", "avx512_vnni", "amx_bf16")
 _FAST = {
@@ -50,7 +50,7 @@ def choices(experiment: Experiment, device: str, shape: "Shape | None", made: Pa
     Args:
         made: folder of the base model, if there is one yet.
     """
-    from densityrm_core.attention import attention_kernel, resolve_kernel
+    from densityrm_core.models.attention import attention_kernel, resolve_kernel
     from densityrm_core.vectors.arithmetic import choose_arithmetic
     from densityrm_core.vectors.encoder_files import split_kind
     from densityrm_core.vectors.encoders import dtype_of
@@ -86,7 +86,7 @@ def _device(compute: ComputeSettings, device: str) -> Line:
 
 
 def _precision(experiment: Experiment, device: str, shape: "Shape | None", made: Path) -> str:
-    from densityrm_core.models import ModelError, read_card
+    from densityrm_core.models.folders import ModelError, read_card
     from densityrm_core.training.precision import resolve_precision
 
     wanted = experiment.compute.precision

@@ -11,7 +11,7 @@ from densityrm_core.vectors.encoder_files import split_kind
 from densityrm_dagster.doctor.lines import Line, first_line, green, red, size, yellow
 
 if TYPE_CHECKING:
-    from densityrm_core.shapes import Shape
+    from densityrm_core.models.shapes import Shape
     from densityrm_core.sources import SourceName
     from densityrm_core.sources.files import RawFile
 

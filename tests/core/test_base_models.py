@@ -14,14 +14,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from densityrm_core import base_models
-from densityrm_core.base_models import as_hugging_face
 from densityrm_core.files import BASE_MODELS, located
-from densityrm_core.models import ModelError, load_causal_lm, load_tokenizer, new_reward_model, save_model
-from densityrm_core.packing import pack, rewards, why_padded
+from densityrm_core.models import conversion as base_models
+from densityrm_core.models.base_model import train_base_model
+from densityrm_core.models.conversion import as_hugging_face
+from densityrm_core.models.folders import ModelError, load_causal_lm, load_tokenizer, new_reward_model, save_model
+from densityrm_core.models.packing import pack, rewards, why_padded
+from densityrm_core.models.tokens import CHAT_TEMPLATE, Codec
 from densityrm_core.settings import BaseModelSettings
-from densityrm_core.sft import train_base_model
-from densityrm_core.tokens import CHAT_TEMPLATE, Codec
 from densityrm_core.training.loop import Watch
 
 from .sources import read

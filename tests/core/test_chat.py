@@ -9,10 +9,10 @@ from transformers import BertConfig, BertForMaskedLM
 
 from densityrm_core.chat import Conversation, Policy, load_policy
 from densityrm_core.decoding import Decoding
-from densityrm_core.models import CARD, ModelError, load_causal_lm
+from densityrm_core.models.folders import CARD, ModelError, load_causal_lm
+from densityrm_core.models.tokens import CHAT_TEMPLATE
 from densityrm_core.scorer import ConversationError, load_scorer
 from densityrm_core.streams import stream_seed
-from densityrm_core.tokens import CHAT_TEMPLATE
 
 from .tiny_models import MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS, TEXTS, tiny_language_model, tiny_reward_model
 

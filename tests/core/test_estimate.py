@@ -7,10 +7,11 @@ import torch
 
 from densityrm_core.estimate import Estimate, Lengths, TooLargeError, Units, estimate, lengths_of, probe
 from densityrm_core.experiment import Experiment
-from densityrm_core.models import load_causal_lm, scratch_model
+from densityrm_core.models.base_model import scratch_model
+from densityrm_core.models.folders import load_causal_lm
+from densityrm_core.models.shapes import Shape, shape_of
 from densityrm_core.needs import disk_needed, memory_needed, training_needed
 from densityrm_core.settings import BaseModelSettings
-from densityrm_core.shapes import Shape, shape_of
 
 from .test_base_models import write_gguf
 from .tiny_models import TEXTS, tiny_language_model

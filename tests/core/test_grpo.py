@@ -13,13 +13,14 @@ from densityrm_core.decoding import Decoding
 from densityrm_core.engines import TransformersEngine
 from densityrm_core.experience import Collector, Questions
 from densityrm_core.grpo import PolicyTask, train_policy
-from densityrm_core.models import ModelError, load_causal_lm, load_codec, save_model, scratch_model
+from densityrm_core.models.base_model import scratch_model
+from densityrm_core.models.folders import ModelError, load_causal_lm, load_codec, save_model
+from densityrm_core.models.tokens import Codec
 from densityrm_core.policy_watch import sequence_kl
 from densityrm_core.rewarder import FunctionRewarder, ModelRewarder, RewardScale, load_rewarder, scale_of
 from densityrm_core.rollout import sample_completions
 from densityrm_core.sampling import SystematicSampler
 from densityrm_core.settings import BaseModelSettings, ComputeSettings, GrpoSettings
-from densityrm_core.tokens import Codec
 from densityrm_core.training.checkpoints import CheckpointFolder
 from densityrm_core.training.loop import TrainingError, TrainingStoppedError, Watch
 from densityrm_core.training.precision import Precision
@@ -304,7 +305,7 @@ def test_groups_without_a_spread_are_replaced_by_those_of_further_prompts(base: 
 
 
 def test_a_reward_model_with_another_tokenizer_reads_the_text(base: Path, prompts: pl.DataFrame, tmp_path: Path):
-    from densityrm_core.models import new_reward_model
+    from densityrm_core.models.folders import new_reward_model
 
     model, tokenizer = scratch_model(
         [*TEXTS, "quite other words"] * 5, BaseModelSettings(vocab_size=340, hidden_size=32, layers=1)

@@ -10,8 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
-from densityrm_core.base_models import as_hugging_face
-from densityrm_core.models import (
+from densityrm_core.models.base_model import train_base_model
+from densityrm_core.models.conversion import as_hugging_face
+from densityrm_core.models.folders import (
     ModelError,
     fit_to_tokenizer,
     load_causal_lm,
@@ -20,10 +21,9 @@ from densityrm_core.models import (
     new_reward_model,
     save_model,
 )
-from densityrm_core.packing import pack, rewards, why_padded
+from densityrm_core.models.packing import pack, rewards, why_padded
+from densityrm_core.models.tokens import Codec
 from densityrm_core.settings import BaseModelSettings
-from densityrm_core.sft import train_base_model
-from densityrm_core.tokens import Codec
 from densityrm_core.training.loop import Watch
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -16,11 +16,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from densityrm_core.attention import AttentionError, attention_kernel, lay_out, packed_attention, resolve_kernel
-from densityrm_core.likelihood import log_probs
 from densityrm_core.losses import bradley_terry_loss
-from densityrm_core.nanochat_classifier import register_classifier
-from densityrm_core.packing import (
+from densityrm_core.models.attention import AttentionError, attention_kernel, lay_out, packed_attention, resolve_kernel
+from densityrm_core.models.likelihood import log_probs
+from densityrm_core.models.nanochat_classifier import register_classifier
+from densityrm_core.models.packing import (
     backbone_of,
     hidden_states,
     pack,
@@ -147,13 +147,13 @@ def test_a_model_with_sliding_windows_is_computed_on_padded_rows_and_named():
 def test_a_model_that_ignores_the_layout_is_found_out(monkeypatch: pytest.MonkeyPatch):
     model = reward_model("llama")
     whole = lambda sizes, device="cpu": lay_out([(sum(p + sum(b) for p, b in sizes), [])], device)  # noqa: E731  plain causal
-    monkeypatch.setattr("densityrm_core.packing.lay_out", whole)
+    monkeypatch.setattr("densityrm_core.models.packing.lay_out", whole)
     assert "compute packed rows otherwise" in why_padded(model)
 
 
 def test_padded_rows_give_every_token_of_the_packed_row():
     model, given = language_model("qwen3").eval(), groups(4)
-    from densityrm_core.packing import _padded
+    from densityrm_core.models.packing import _padded
 
     batch = pack(given)
     assert _padded(model, batch).detach().numpy() == pytest.approx(hidden_states(model, batch).detach().numpy(), abs=1e-5)
@@ -267,14 +267,14 @@ def _no_compiler(*_: object) -> torch.Tensor:
 def test_a_kernel_that_is_not_to_be_had_is_an_error_and_no_reason_for_padding(
     attend: object, message: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("densityrm_core.attention._attend_blocks", attend)
+    monkeypatch.setattr("densityrm_core.models.attention._attend_blocks", attend)
     with attention_kernel("flex_eager"), pytest.raises(AttentionError, match=message):
         rewards(reward_model("llama"), pack(groups(2)))
     assert why_padded(reward_model("llama")) == ""
 
 
 def test_training_by_compiled_flex_attention_on_a_processor_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("densityrm_core.packing._check_kernel", lambda model, kernel: None)  # which would compile
+    monkeypatch.setattr("densityrm_core.models.packing._check_kernel", lambda model, kernel: None)  # which would compile
     with attention_kernel("flex"), pytest.raises(AttentionError, match="no backward pass on a processor"):
         rewards(reward_model("llama"), pack(groups(2)))
 

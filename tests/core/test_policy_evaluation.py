@@ -18,7 +18,7 @@ from densityrm_core.evaluation import (
     held_out_prompts,
     open_exam,
 )
-from densityrm_core.models import load_causal_lm, load_codec, new_reward_model, save_model
+from densityrm_core.models.folders import load_causal_lm, load_codec, new_reward_model, save_model
 from densityrm_core.pairs.prompts import prompt_ids
 from densityrm_core.rewarder import RewardScale
 from densityrm_core.rollout import sample_completions

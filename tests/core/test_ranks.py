@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 import torch
 
-from densityrm_core.models import save_model
+from densityrm_core.models.base_model import train_base_model
+from densityrm_core.models.folders import save_model
 from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, train_reward_model
 from densityrm_core.settings import BaseModelSettings, ComputeSettings, RewardModelSettings
-from densityrm_core.sft import train_base_model
 from densityrm_core.training.checkpoints import CheckpointFolder
 from densityrm_core.training.loop import Plan, TrainingError, TrainingStoppedError, Watch
 from densityrm_core.training.rank_processes import RanksError, on_ranks

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from densityrm_core.decoding import Decoding, choose, member_keys, points_at, prompt_keys
-from densityrm_core.likelihood import likelihood, log_probs
-from densityrm_core.models import load_causal_lm, load_codec
-from densityrm_core.packing import pack
+from densityrm_core.models.folders import load_causal_lm, load_codec
+from densityrm_core.models.likelihood import likelihood, log_probs
+from densityrm_core.models.packing import pack
+from densityrm_core.models.tokens import Codec
 from densityrm_core.rollout import sample_completions
-from densityrm_core.tokens import Codec
 from tests.core.test_packing import MODELS, language_model
 from tests.core.tiny_models import tiny_language_model
 
@@ -167,7 +167,7 @@ def test_likelihood_in_parts_is_the_full_softmax_with_its_gradient(policy: Any, 
         return found.detach(), entropy.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()])
 
     whole = gradient()
-    monkeypatch.setattr("densityrm_core.likelihood._LOGITS_AT_A_TIME", 2 * policy.config.vocab_size)
+    monkeypatch.setattr("densityrm_core.models.likelihood._LOGITS_AT_A_TIME", 2 * policy.config.vocab_size)
     for mine, theirs in zip(gradient(), whole, strict=True):
         assert (mine - theirs).norm() / theirs.norm() < 1e-5
     scores = (policy(torch.tensor([prompts[0] + [20, 21, 22]])).logits[0] / 0.7).log_softmax(-1)

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
-from densityrm_core.models import CARD, ModelError, load_reward_model
+from densityrm_core.models.folders import CARD, ModelError, load_reward_model
 from densityrm_core.score_file import Tally, score_rows
 from densityrm_core.scorer import Scorer, load_scorer
 from densityrm_core.scoring import score_pairs, tokenize_pairs

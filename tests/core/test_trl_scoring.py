@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from densityrm_core.models import load_causal_lm, load_codec, load_reward_model, load_tokenizer, new_reward_model, save_model
+from densityrm_core.models.folders import (
+    load_causal_lm,
+    load_codec,
+    load_reward_model,
+    load_tokenizer,
+    new_reward_model,
+    save_model,
+)
+from densityrm_core.models.tokens import Codec
 from densityrm_core.scorer import load_scorer
-from densityrm_core.tokens import Codec
 
 from .tiny_models import TEXTS, tiny_language_model, tiny_reward_model
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from densityrm_core.models import new_reward_model, save_model, scratch_model
+from densityrm_core.models.base_model import scratch_model
+from densityrm_core.models.folders import new_reward_model, save_model
+from densityrm_core.models.tokens import Codec
 from densityrm_core.settings import BaseModelSettings
-from densityrm_core.tokens import Codec
 
 TEXTS = ["How do I fix my bicycle?", "Sure, oil it. Then ride it.", "No. Why would you ask that?", "Is a tomato a fruit?"]
 MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS = 48, 32
@@ -24,7 +25,7 @@ def tiny_language_model(folder: Path) -> Path:
 
 def tiny_reward_model(folder: Path, base: Path | None = None) -> Path:
     """A reward model with a random head on `base`."""
-    from densityrm_core.models import load_codec
+    from densityrm_core.models.folders import load_codec
 
     base = base or tiny_language_model(folder / "base")
     save_model(new_reward_model(base, seed=0), load_codec(base), folder / "rm", {})

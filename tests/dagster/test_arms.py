@@ -2,7 +2,7 @@
 
 from mlflow import MlflowClient
 
-from densityrm_core.models import read_card
+from densityrm_core.models.folders import read_card
 from densityrm_dagster.mlflow_resource import POLICIES
 
 from .conftest import Run

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from densityrm_core import files, hardware
 from densityrm_core.experiment import Experiment
-from densityrm_core.models import CARD
+from densityrm_core.models.folders import CARD
 from densityrm_dagster import cli
 from densityrm_dagster.cli_doctor import warn
 from densityrm_dagster.doctor.examination import examine, warnings

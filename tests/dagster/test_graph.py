@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from densityrm_core.experiment import Experiment
-from densityrm_core.models import read_card
+from densityrm_core.models.folders import read_card
 from densityrm_core.vectors.arithmetic import choose_arithmetic
 from densityrm_dagster.build import build_definitions
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densityrm_core.models import ModelError, first_line
+from densityrm_core.models.folders import ModelError, first_line
 
 # nanochat's render_conversation: a system message opens the first user turn
 CHAT_TEMPLATE = (

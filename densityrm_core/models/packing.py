@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from densityrm_core.attention import (
+from densityrm_core.models.attention import (
     AttentionError,
     Layout,
     attention_kernel,

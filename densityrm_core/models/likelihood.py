@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from densityrm_core.packing import Packed, states_at
+from densityrm_core.models.packing import Packed, states_at
 
 _LOGITS_AT_A_TIME = 2**23  # 32 MiB of float32
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from densityrm_core.files import BASE_MODELS, file_hash, located, sweep, temporary_folder
-from densityrm_core.gguf_model import convert_gguf
-from densityrm_core.models import ModelError
-from densityrm_core.nanochat_model import convert_checkpoint, last_checkpoint
+from densityrm_core.models.folders import ModelError
+from densityrm_core.models.gguf import convert_gguf
+from densityrm_core.models.nanochat_checkpoint import convert_checkpoint, last_checkpoint
 
 _RECIPE = b"1"  # changes when a conversion of the same content would come out otherwise
 

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import polars as pl
+import torch
 
-from densityrm_core.attention import attention_kernel, resolve_kernel
-from densityrm_core.base_models import as_hugging_face
 from densityrm_core.hardware import pick_device
-from densityrm_core.likelihood import log_probs
-from densityrm_core.models import fit_to_tokenizer, load_causal_lm, load_tokenizer, scratch_model, width_of
-from densityrm_core.packing import pack, say_if_padded
+from densityrm_core.models.attention import attention_kernel, resolve_kernel
+from densityrm_core.models.conversion import as_hugging_face
+from densityrm_core.models.folders import fit_to_tokenizer, load_causal_lm, load_tokenizer, width_of
+from densityrm_core.models.likelihood import log_probs
+from densityrm_core.models.packing import pack, say_if_padded
+from densityrm_core.models.tokens import CHAT_TEMPLATE, Codec
 from densityrm_core.sampling import SystematicSampler
 from densityrm_core.settings import BaseModelSettings, ComputeSettings
-from densityrm_core.tokens import Codec
+from densityrm_core.streams import stream_seed
 from densityrm_core.training.checkpoints import key_of
 from densityrm_core.training.loop import Part, Plan, Watch, optimize
 from densityrm_core.training.precision import Precision, computing, resolve_precision
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SPECIAL = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>")
 _ON_CPU = ComputeSettings(device="cpu")
 
 
@@ -74,6 +81,44 @@ def train_base_model(
         with attention_kernel(compute.attention):
             _tune(trained, rows, settings, watch)
     return trained
+
+
+def scratch_model(texts: Iterable[str], settings: BaseModelSettings) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A small untrained Qwen3 decoder and a byte-level BPE tokenizer trained on `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = list(_SPECIAL)
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=special[0], pad_token=special[1], additional_special_tokens=special[2:]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    head_size = 32
+    config = Qwen3Config(
+        vocab_size=bpe.get_vocab_size(),
+        hidden_size=settings.hidden_size,
+        intermediate_size=3 * settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.hidden_size // head_size,
+        num_key_value_heads=settings.hidden_size // head_size,
+        head_dim=head_size,
+        max_position_embeddings=max(512, settings.max_prompt_tokens + settings.max_reply_tokens),
+        tie_word_embeddings=True,
+        initializer_range=math.sqrt(0.4 / settings.hidden_size),  # SmallInit [Nguyen & Salazar 2019]; 0.02 is for wide models
+        eos_token_id=bpe.token_to_id(special[0]),
+        pad_token_id=bpe.token_to_id(special[1]),
+        bos_token_id=None,
+    )
+    torch.manual_seed(stream_seed(0, "base model", "init"))
+    return AutoModelForCausalLM.from_config(config), tokenizer
 
 
 def _tune(trained: TrainedBaseModel, rows: list[tuple[Any, str]], settings: BaseModelSettings, watch: Watch) -> None:

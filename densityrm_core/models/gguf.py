@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from densityrm_core.models import ModelError, first_line
+from densityrm_core.models.folders import ModelError, first_line
 
 # How a byte-level vocabulary's text is split before merging, `tokenizer.ggml.pre` of the file
 _GPT2_SPLIT = (None, "default", "gpt-2", "gpt2")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from densityrm_core.files import BASE_MODELS, located
-from densityrm_core.gguf_header import read_header
+from densityrm_core.models.gguf_header import read_header
 from densityrm_core.settings import BaseModelSettings
 
 _HEAD = 32  # width of an attention head of scratch models

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from densityrm_core.settings import BaseModelSettings, ComputeSettings
+from densityrm_core.models.tokens import CHAT_TEMPLATE, Codec
+from densityrm_core.settings import ComputeSettings
 from densityrm_core.streams import stream_seed
-from densityrm_core.tokens import CHAT_TEMPLATE, Codec
 from densityrm_core.training.precision import Precision, resolve_precision
 from densityrm_core.training.ranks import SOLO, Ranks, whole
 
@@ -22,49 +21,10 @@ if TYPE_CHECKING:
 
 CARD = "densityrm.json"
 _NO_LIMIT = 10**9  # tokenizers without a limit say 10^30
-_SPECIAL = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>")
 
 
 class ModelError(ValueError):
     """A model cannot be loaded or used; the message says which and what to do."""
-
-
-def scratch_model(texts: Iterable[str], settings: BaseModelSettings) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A small untrained Qwen3 decoder and a byte-level BPE tokenizer trained on `texts`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = list(_SPECIAL)
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=special[0], pad_token=special[1], additional_special_tokens=special[2:]
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    head_size = 32
-    config = Qwen3Config(
-        vocab_size=bpe.get_vocab_size(),
-        hidden_size=settings.hidden_size,
-        intermediate_size=3 * settings.hidden_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.hidden_size // head_size,
-        num_key_value_heads=settings.hidden_size // head_size,
-        head_dim=head_size,
-        max_position_embeddings=max(512, settings.max_prompt_tokens + settings.max_reply_tokens),
-        tie_word_embeddings=True,
-        initializer_range=math.sqrt(0.4 / settings.hidden_size),  # SmallInit [Nguyen & Salazar 2019]; 0.02 is for wide models
-        eos_token_id=bpe.token_to_id(special[0]),
-        pad_token_id=bpe.token_to_id(special[1]),
-        bos_token_id=None,
-    )
-    torch.manual_seed(stream_seed(0, "base model", "init"))
-    return AutoModelForCausalLM.from_config(config), tokenizer
 
 
 def load_causal_lm(source: str | Path, device: str = "cpu") -> Any:
@@ -224,7 +184,7 @@ def most_tokens(tokenizer: PreTrainedTokenizerBase, config: Any, otherwise: int)
 def _classifier() -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    from densityrm_core.nanochat_classifier import register_classifier
+    from densityrm_core.models.nanochat_classifier import register_classifier
 
     register_classifier()
     return AutoModelForSequenceClassification
