@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu_work import Check, Figures, require
 from benchmarks.killed_training import kill_and_resume, prepare
 from densityrm_core.hardware import gpus
-from densityrm_core.reward_model import RewardModelTask, train_reward_model
+from densityrm_core.reward_models.train import RewardModelTask, train_reward_model
 from densityrm_core.settings import ComputeSettings, RewardModelSettings
 from densityrm_core.training.loop import Watch
 from densityrm_core.training.rank_processes import on_ranks

@@ -24,7 +24,7 @@ from densityrm_core.models.folders import load_codec, save_model
 from densityrm_core.pairs.prompts import unique_prompts
 from densityrm_core.pairs.selection import Taken
 from densityrm_core.pairs.union import unite_pairs
-from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, train_reward_model
+from densityrm_core.reward_models.train import RewardModelTask, TrainedRewardModel, train_reward_model
 from densityrm_core.rm_evaluation import evaluate_reward_model, exam_pairs
 from densityrm_core.sampling import uniform_weights
 from densityrm_core.settings import (

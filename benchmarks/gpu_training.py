@@ -27,11 +27,11 @@ from benchmarks.gpu_work import (
 )
 from benchmarks.killed_training import prepare
 from benchmarks.measure import memory, reset_peak
-from densityrm_core.losses import bradley_terry_loss
 from densityrm_core.models.attention import attention_kernel
 from densityrm_core.models.likelihood import log_probs
 from densityrm_core.models.packing import pack, rewards, tokens_of
-from densityrm_core.reward_model import RewardModelTask, train_reward_model
+from densityrm_core.reward_models.loss import bradley_terry_loss
+from densityrm_core.reward_models.train import RewardModelTask, train_reward_model
 from densityrm_core.settings import ComputeSettings, RewardModelSettings
 from densityrm_core.training.loop import Watch
 from densityrm_core.training.precision import Precision, computing

@@ -22,7 +22,7 @@ import torch
 from densityrm_core.grpo import PolicyTask, TrainedPolicy, train_policy
 from densityrm_core.models.base_model import train_base_model
 from densityrm_core.models.folders import new_reward_model, save_model
-from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, train_reward_model
+from densityrm_core.reward_models.train import RewardModelTask, TrainedRewardModel, train_reward_model
 from densityrm_core.settings import (
     BaseModelSettings,
     ComputeSettings,

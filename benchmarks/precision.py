@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from benchmarks.measure import interleaved
 from densityrm_core.decoding import Decoding
 from densityrm_core.hardware import device_kind, processor_name
-from densityrm_core.losses import bradley_terry_loss
 from densityrm_core.models.packing import pack, rewards
+from densityrm_core.reward_models.loss import bradley_terry_loss
 from densityrm_core.rollout import sample_completions
 from densityrm_core.training.precision import Precision, computing
 

@@ -120,10 +120,10 @@ def _run(turns: Turns, side: str, pairs: list[IdPair], shape: str, folder: str, 
 
 def _train_ours(turns: Turns, model: Any, pairs: list[IdPair], precision: Precision) -> None:
     """densityrm_core's own loop and loss."""
-    from densityrm_core.reward_model import batches_of, preference_loss
-    from densityrm_core.scoring import PreferenceTokens
+    from densityrm_core.reward_models.loss import Targets
+    from densityrm_core.reward_models.scoring import PreferenceTokens
+    from densityrm_core.reward_models.train import batches_of, preference_loss
     from densityrm_core.settings import RewardModelSettings
-    from densityrm_core.targets import Targets
     from densityrm_core.training.loop import Part, Plan, Watch, optimize
 
     settings = RewardModelSettings(pairs_per_step=PAIRS, center_rewards=0, weight_decay=0)

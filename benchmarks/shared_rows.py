@@ -13,11 +13,11 @@ import torch
 
 from benchmarks.measure import interleaved
 from densityrm_core.experiment import Experiment
-from densityrm_core.losses import bradley_terry_loss
 from densityrm_core.models.base_model import train_base_model
 from densityrm_core.models.folders import load_codec, new_reward_model, save_model
 from densityrm_core.models.packing import pack, rewards
-from densityrm_core.scoring import PreferenceTokens, tokenize_pairs
+from densityrm_core.reward_models.loss import bradley_terry_loss
+from densityrm_core.reward_models.scoring import PreferenceTokens, tokenize_pairs
 from densityrm_core.settings import BaseModelSettings
 from densityrm_core.sources import Folders, read_source
 from densityrm_core.training.loop import Watch

@@ -21,8 +21,8 @@ from densityrm_core.models.folders import (
     read_config,
 )
 from densityrm_core.models.tokens import CHAT_TEMPLATE, Codec, Turn
+from densityrm_core.reward_models.scoring import ConversationError, Scorer, prompt_ids
 from densityrm_core.rollout import sample_completions
-from densityrm_core.scorer import ConversationError, Scorer, prompt_ids
 from densityrm_core.streams import stream_seed
 
 if TYPE_CHECKING:

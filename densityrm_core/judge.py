@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from densityrm_core.models.folders import ModelError
-from densityrm_core.scorer import load_scorer
+from densityrm_core.reward_models.scoring import load_scorer
 from densityrm_core.settings import PlantedSettings
 from densityrm_core.sources.planted import PlantedWorld
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from densityrm_core.models.folders import CARD, read_card
 from densityrm_core.models.packing import Ids
 from densityrm_core.models.tokens import Codec, Turn
-from densityrm_core.scorer import Scorer, load_scorer
-from densityrm_core.scoring import score_groups
+from densityrm_core.reward_models.scoring import Scorer, load_scorer, score_groups
 
 Context = Sequence[Turn]
 RewardFunction = Callable[[Sequence[Context], Sequence[str]], Sequence[float]]

@@ -15,7 +15,7 @@ import polars as pl
 
 from densityrm_core.baselines import Baseline
 from densityrm_core.models.folders import load_codec, load_reward_model
-from densityrm_core.scoring import Report, score_pairs, tokenize_pairs
+from densityrm_core.reward_models.scoring import Report, score_pairs, tokenize_pairs
 
 Rewards = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 

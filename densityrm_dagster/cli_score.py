@@ -19,8 +19,8 @@ from densityrm_dagster.services import tracking_uri
 from densityrm_dagster.terminal import is_terminal
 
 if TYPE_CHECKING:
-    from densityrm_core.score_file import Tally
-    from densityrm_core.scorer import Scorer
+    from densityrm_core.reward_models.score_file import Tally
+    from densityrm_core.reward_models.scoring import Scorer
     from densityrm_core.sources.files import RawRow
 
 _SAY_EVERY_S = 0.5
@@ -46,7 +46,7 @@ def score(
         lines, write_to = _rows(rows), _destination(out)  # what is wrong here is said before anything heavy is loaded
         with reward_model_folder(model) as folder:
             scorer = ready_scorer(folder)
-        from densityrm_core.score_file import Tally
+        from densityrm_core.reward_models.score_file import Tally
 
         tally, started = Tally(), time.monotonic()
         with write_to as write:
@@ -57,7 +57,7 @@ def score(
 
 
 def _score(rows: "Iterator[RawRow]", scorer: "Scorer", tally: "Tally", write: Callable[[bytes], object]) -> None:
-    from densityrm_core.score_file import score_rows
+    from densityrm_core.reward_models.score_file import score_rows
 
     said = started = time.monotonic()
     for row in score_rows(rows, scorer, tally):
@@ -71,7 +71,7 @@ def _score(rows: "Iterator[RawRow]", scorer: "Scorer", tally: "Tally", write: Ca
 def ready_scorer(folder: Path) -> "Scorer":
     """The reward model in a folder, torch set up as the experiment says; what is to know of it is said."""
     from densityrm_core.hardware import pick_device
-    from densityrm_core.scorer import load_scorer
+    from densityrm_core.reward_models.scoring import load_scorer
     from densityrm_dagster.tracking import set_up_torch
 
     compute = load_experiment().compute

@@ -14,7 +14,7 @@ WEIGHTS = "reward_model"  # name of the artifact that is the Hugging Face folder
 class RewardModel(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
         from densityrm_core.hardware import pick_device
-        from densityrm_core.scorer import load_scorer
+        from densityrm_core.reward_models.scoring import load_scorer
 
         self._scorer = load_scorer(context.artifacts[WEIGHTS], pick_device("auto"))
 

@@ -52,7 +52,7 @@ class Talk:
         return self._answered or self._person
 
     def _take(self, line: str) -> None:
-        from densityrm_core.scorer import ConversationError
+        from densityrm_core.reward_models.scoring import ConversationError
 
         try:
             line.encode()  # bytes that are no UTF-8 came in as surrogates

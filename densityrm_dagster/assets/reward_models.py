@@ -23,7 +23,7 @@ from densityrm_dagster.rm_card import settings_table, validation_plots
 from densityrm_dagster.tracking import tracked
 
 if TYPE_CHECKING:
-    from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel
+    from densityrm_core.reward_models.train import RewardModelTask, TrainedRewardModel
 
 _SAMPLING = {
     "rm_uniform": ("uniform", "Reward model trained on pairs sampled uniformly."),
@@ -67,7 +67,7 @@ def _reward_model(name: str, experiment: Experiment) -> dg.AssetsDefinition:
         mlflow: MLflowTracker,
     ) -> Iterator[Any]:
         from densityrm_core.models.folders import save_model
-        from densityrm_core.reward_model import RewardModelTask, train_reward_model
+        from densityrm_core.reward_models.train import RewardModelTask, train_reward_model
 
         settings, folder, seed = chosen(config, experiment.reward_model), folders.stage(context), seed_of(context)
         train, validation = (preference_pairs.filter(pl.col("split") == split) for split in ("train", "validation"))

@@ -11,7 +11,7 @@ from densityrm_core.chat import Conversation, Policy, load_policy
 from densityrm_core.decoding import Decoding
 from densityrm_core.models.folders import CARD, ModelError, load_causal_lm
 from densityrm_core.models.tokens import CHAT_TEMPLATE
-from densityrm_core.scorer import ConversationError, load_scorer
+from densityrm_core.reward_models.scoring import ConversationError, load_scorer
 from densityrm_core.streams import stream_seed
 
 from .tiny_models import MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS, TEXTS, tiny_language_model, tiny_reward_model

@@ -16,7 +16,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from densityrm_core.losses import bradley_terry_loss
 from densityrm_core.models.attention import AttentionError, attention_kernel, lay_out, packed_attention, resolve_kernel
 from densityrm_core.models.likelihood import log_probs
 from densityrm_core.models.nanochat_classifier import register_classifier
@@ -30,6 +29,7 @@ from densityrm_core.models.packing import (
     treat_alike,
     why_padded,
 )
+from densityrm_core.reward_models.loss import bradley_terry_loss
 
 COMMON = {
     "vocab_size": 120,

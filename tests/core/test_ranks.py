@@ -12,7 +12,7 @@ import torch
 
 from densityrm_core.models.base_model import train_base_model
 from densityrm_core.models.folders import save_model
-from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, train_reward_model
+from densityrm_core.reward_models.train import RewardModelTask, TrainedRewardModel, train_reward_model
 from densityrm_core.settings import BaseModelSettings, ComputeSettings, RewardModelSettings
 from densityrm_core.training.checkpoints import CheckpointFolder
 from densityrm_core.training.loop import Plan, TrainingError, TrainingStoppedError, Watch
@@ -25,7 +25,7 @@ import json, sys
 from pathlib import Path
 import numpy as np, polars as pl, torch
 from densityrm_core.settings import ComputeSettings, RewardModelSettings
-from densityrm_core.reward_model import RewardModelTask, train_reward_model
+from densityrm_core.reward_models.train import RewardModelTask, train_reward_model
 from densityrm_core.training.loop import Watch
 torch.set_num_threads(1)
 folder, settings = Path(sys.argv[1]), RewardModelSettings.model_validate_json(sys.argv[2])

@@ -11,14 +11,19 @@ import torch
 from safetensors.torch import load_file
 
 from densityrm_core.density.tempering import temper_weights
-from densityrm_core.losses import bradley_terry_loss, centering_penalty
 from densityrm_core.models.base_model import train_base_model
 from densityrm_core.models.folders import CARD, ModelError, common_precision, load_codec, new_reward_model, save_model
-from densityrm_core.reward_model import RewardModelTask, TrainedRewardModel, batches_of, preference_loss, train_reward_model
+from densityrm_core.reward_models.loss import bradley_terry_loss, centering_penalty, relative_lead, targets_of
+from densityrm_core.reward_models.scoring import tokenize_pairs
+from densityrm_core.reward_models.train import (
+    RewardModelTask,
+    TrainedRewardModel,
+    batches_of,
+    preference_loss,
+    train_reward_model,
+)
 from densityrm_core.sampling import IidSampler, uniform_weights
-from densityrm_core.scoring import tokenize_pairs
 from densityrm_core.settings import BaseModelSettings, ComputeSettings, DensitySettings, RewardModelSettings
-from densityrm_core.targets import relative_lead, targets_of
 from densityrm_core.training.checkpoints import CheckpointFolder
 from densityrm_core.training.loop import TrainingStoppedError, Watch
 from densityrm_core.training.precision import resolve_precision

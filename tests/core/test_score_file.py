@@ -11,9 +11,8 @@ import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
 from densityrm_core.models.folders import CARD, ModelError, load_reward_model
-from densityrm_core.score_file import Tally, score_rows
-from densityrm_core.scorer import Scorer, load_scorer
-from densityrm_core.scoring import score_pairs, tokenize_pairs
+from densityrm_core.reward_models.score_file import Tally, score_rows
+from densityrm_core.reward_models.scoring import Scorer, load_scorer, score_pairs, tokenize_pairs
 from densityrm_core.sources.files import RawRow
 
 from .tiny_models import MAX_REPLY_TOKENS, TEXTS, tiny_language_model, tiny_reward_model

@@ -8,13 +8,13 @@ import polars as pl
 import pytest
 import torch
 
-from densityrm_core.losses import bradley_terry_loss, correctness
 from densityrm_core.models.base_model import train_base_model
 from densityrm_core.models.folders import load_causal_lm, load_codec, load_reward_model, new_reward_model, save_model
 from densityrm_core.models.likelihood import log_probs
 from densityrm_core.models.packing import pack, rewards
-from densityrm_core.reward_model import RewardModelTask, train_reward_model
-from densityrm_core.scoring import tokenize_pairs
+from densityrm_core.reward_models.loss import bradley_terry_loss, correctness
+from densityrm_core.reward_models.scoring import tokenize_pairs
+from densityrm_core.reward_models.train import RewardModelTask, train_reward_model
 from densityrm_core.settings import BaseModelSettings, ComputeSettings, RewardModelSettings
 from densityrm_core.training.loop import Plan, TrainingError, TrainingStoppedError, Watch, learning_rate_at, optimize
 

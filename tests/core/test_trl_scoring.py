@@ -16,7 +16,7 @@ from densityrm_core.models.folders import (
     save_model,
 )
 from densityrm_core.models.tokens import Codec
-from densityrm_core.scorer import load_scorer
+from densityrm_core.reward_models.scoring import load_scorer
 
 from .tiny_models import TEXTS, tiny_language_model, tiny_reward_model
 

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from densityrm_core.experiment import Experiment
-from densityrm_core.scorer import load_scorer
+from densityrm_core.reward_models.scoring import load_scorer
 from densityrm_dagster.build import build_definitions
 from densityrm_dagster.metadata import folder_hash
 from densityrm_dagster.mlflow_resource import REWARD_MODELS, MLflowTracker

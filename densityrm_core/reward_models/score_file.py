@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from densityrm_core.models.packing import Group, tokens_of
-from densityrm_core.scorer import ConversationError, Scorer
+from densityrm_core.reward_models.scoring import ConversationError, Scorer
 from densityrm_core.sources.files import RawRow
 from densityrm_core.sources.rows import REASONS, MalformedError, objects_field, text_field
 

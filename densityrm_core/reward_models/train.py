@@ -14,19 +14,18 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from densityrm_core.adaptation import adapt
 from densityrm_core.choices import take
 from densityrm_core.hardware import pick_device
-from densityrm_core.losses import bradley_terry_loss, centering_penalty, correctness
 from densityrm_core.models.attention import attention_kernel, resolve_kernel
 from densityrm_core.models.folders import load_codec, load_reward_model, new_reward_model, precision_of, save_model
 from densityrm_core.models.packing import pack, rewards, say_if_padded, split_by_tokens
 from densityrm_core.models.tokens import Codec
+from densityrm_core.reward_models.adaptation import adapt
+from densityrm_core.reward_models.loss import Targets, bradley_terry_loss, centering_penalty, correctness, targets_of
+from densityrm_core.reward_models.scoring import PreferenceTokens, score_pairs, tokenize_pairs
 from densityrm_core.sampling import make_sampler
-from densityrm_core.scoring import PreferenceTokens, score_pairs, tokenize_pairs
 from densityrm_core.settings import ComputeSettings, RewardModelSettings, SamplingSettings
 from densityrm_core.streams import stream_seed
-from densityrm_core.targets import Targets, targets_of
 from densityrm_core.training.checkpoints import Best, key_of
 from densityrm_core.training.loop import Part, Plan, Watch, optimize, told_to_end
 from densityrm_core.training.precision import Precision, computing
