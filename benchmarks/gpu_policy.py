@@ -20,12 +20,12 @@ from benchmarks.gpu_work import (
     sized_config,
 )
 from benchmarks.killed_training import prepare
-from densityrm_core.decoding import Decoding, prompt_keys
-from densityrm_core.engines import TransformersEngine
-from densityrm_core.grpo import PolicyTask, train_policy
 from densityrm_core.models.likelihood import log_probs
 from densityrm_core.models.packing import pack
-from densityrm_core.rollout import Rollout, sample_completions
+from densityrm_core.policies.decoding import Decoding, prompt_keys
+from densityrm_core.policies.engines import TransformersEngine
+from densityrm_core.policies.grpo import PolicyTask, train_policy
+from densityrm_core.policies.rollout import Rollout, sample_completions
 from densityrm_core.settings import ComputeSettings, GrpoSettings
 from densityrm_core.training.loop import Watch
 from densityrm_core.training.precision import computing

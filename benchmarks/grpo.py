@@ -111,9 +111,9 @@ def _run(turns: Turns, side: str, prompts: list[str], folder: str, precision: st
 
 def _train_ours(turns: Turns, prompts: list[str], folder: Path, precision: str) -> None:
     """densityrm_core's own training, told when to go on by the question whether to stop."""
-    from densityrm_core import grpo
-    from densityrm_core.engines import TransformersEngine
-    from densityrm_core.rewarder import ModelRewarder
+    from densityrm_core.policies import grpo
+    from densityrm_core.policies.engines import TransformersEngine
+    from densityrm_core.policies.rewards import ModelRewarder
     from densityrm_core.settings import ComputeSettings, GrpoSettings
     from densityrm_core.training.loop import Watch
 

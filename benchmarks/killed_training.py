@@ -19,9 +19,9 @@ import numpy as np
 import polars as pl
 import torch
 
-from densityrm_core.grpo import PolicyTask, TrainedPolicy, train_policy
 from densityrm_core.models.base_model import train_base_model
 from densityrm_core.models.folders import new_reward_model, save_model
+from densityrm_core.policies.grpo import PolicyTask, TrainedPolicy, train_policy
 from densityrm_core.reward_models.train import RewardModelTask, TrainedRewardModel, train_reward_model
 from densityrm_core.settings import (
     BaseModelSettings,
@@ -146,7 +146,7 @@ class Training:
 
 def _start(training: Training) -> multiprocessing.process.BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["densityrm_core.grpo"])  # only the training itself is to be met by the kills
+    context.set_forkserver_preload(["densityrm_core.policies.grpo"])  # only the training itself is to be met by the kills
     process = context.Process(target=training.run)
     process.start()
     return process

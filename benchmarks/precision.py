@@ -18,11 +18,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen3Config
 
 from benchmarks.measure import interleaved
-from densityrm_core.decoding import Decoding
 from densityrm_core.hardware import device_kind, processor_name
 from densityrm_core.models.packing import pack, rewards
+from densityrm_core.policies.decoding import Decoding
+from densityrm_core.policies.rollout import sample_completions
 from densityrm_core.reward_models.loss import bradley_terry_loss
-from densityrm_core.rollout import sample_completions
 from densityrm_core.training.precision import Precision, computing
 
 WIDTHS, LAYERS, VOCABULARY = (128, 192, 256, 384, 576, 768), 3, 1024

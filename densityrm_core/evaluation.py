@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 
 from densityrm_core.arms import ARMS, best_of_name
-from densityrm_core.arrays import id_keys
-from densityrm_core.decoding import Decoding
 from densityrm_core.judge import Judge
 from densityrm_core.models.folders import load_causal_lm, load_codec
 from densityrm_core.models.likelihood import likelihood, log_probs
 from densityrm_core.models.packing import pack
 from densityrm_core.models.tokens import Codec
-from densityrm_core.rewarder import Rewarder, load_rewarder
-from densityrm_core.rollout import sample_completions
+from densityrm_core.policies.decoding import Decoding
+from densityrm_core.policies.rewards import Rewarder, load_rewarder
+from densityrm_core.policies.rollout import sample_completions
 from densityrm_core.settings import EvaluationSettings, GrpoSettings
-from densityrm_core.streams import stream_seed, unit_intervals
+from densityrm_core.streams import stream_seed
 
 Groups = list[list[list[int]]]
 
@@ -33,23 +32,6 @@ _PROMPTS_AT_A_TIME = 32
 
 class PolicyEvaluationError(ValueError):
     """A policy cannot be evaluated; the message names what is at fault and says what to do."""
-
-
-def held_out_prompts(pairs: pl.DataFrame, weights: pl.DataFrame, count: int, split: str = "test") -> pl.DataFrame:
-    """At most `count` prompts of a held-out split with a context each, the same for every arm and seed.
-
-    Returns:
-        columns prompt_id, prompt, context, decile, quartile.
-    """
-    chosen = pairs.filter(pl.col("split") == split).unique("prompt_id", keep="first", maintain_order=True)
-    order = pl.Series("order", unit_intervals(id_keys(chosen["prompt_id"]), 0, "evaluation"))
-    return (
-        chosen.with_columns(order)
-        .sort("order")
-        .head(count)
-        .join(weights.select("prompt_id", "decile", "quartile"), on="prompt_id", how="left", maintain_order="left")
-        .select("prompt_id", "prompt", "context", "decile", "quartile")
-    )
 
 
 @dataclass(frozen=True)

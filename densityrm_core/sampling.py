@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import numpy as np
-import polars as pl
 
 from densityrm_core.arrays import Doubles, Ints
 from densityrm_core.settings import SamplingSettings
@@ -190,28 +189,6 @@ def make_sampler(weights: Doubles, seed: int, settings: SamplingSettings) -> Sam
 def uniform_weights(n: int) -> Doubles:
     """1/n for each of n items."""
     return np.full(n, 1 / n)
-
-
-def training_prompts(pairs: pl.DataFrame, weights: pl.DataFrame, by_density: bool) -> pl.DataFrame:
-    """The training prompts a policy is asked: one context of each, in order of first appearance.
-
-    Args:
-        pairs: tables.PREFERENCE_PAIRS.
-        weights: tables.DENSITY_WEIGHTS.
-        by_density: whether `weight` is the prompt's density weight or the same for all.
-
-    Returns:
-        columns prompt_id, context, weight.
-    """
-    asked = (
-        pairs.filter(pl.col("split") == "train")
-        .unique("prompt_id", keep="first", maintain_order=True)
-        .select("prompt_id", "context")
-        .join(weights.select("prompt_id", "weight"), on="prompt_id", how="left", maintain_order="left")
-    )
-    if asked["weight"].null_count():
-        raise ValueError(f"{asked['weight'].null_count()} training prompts have no weight; materialize density_weights again")
-    return asked if by_density else asked.with_columns(weight=pl.lit(1 / asked.height))
 
 
 def _words(seed: int, epoch: int, name: str, count: int) -> Words:

@@ -17,8 +17,8 @@ from densityrm_dagster.talk import Talk, labels, say
 from densityrm_dagster.terminal import is_terminal
 
 if TYPE_CHECKING:
-    from densityrm_core.chat import Policy
-    from densityrm_core.decoding import Decoding
+    from densityrm_core.policies.chat import Policy
+    from densityrm_core.policies.decoding import Decoding
 
 _COLDEST = 0.01  # below, scaled logits leave float32
 
@@ -50,7 +50,7 @@ def chat(
         with _reward_model(reward_model) as rewards:  # what is wrong here is said before anything heavy is loaded
             policies = [_policy(folder, max_new_tokens) for folder in folders]
             scorer = ready_scorer(rewards) if rewards else None
-        from densityrm_core.chat import Conversation
+        from densityrm_core.policies.chat import Conversation
 
         decodings = [_decoding(policy, temperature, top_p, top_k) for policy in policies]
         seed = secrets.randbelow(2**31) if seed is None else seed
@@ -92,8 +92,8 @@ def _reward_model(name: str | None) -> contextlib.AbstractContextManager[Path | 
 
 
 def _policy(folder: Path, max_new_tokens: int | None) -> "Policy":
-    from densityrm_core.chat import load_policy
     from densityrm_core.hardware import pick_device
+    from densityrm_core.policies.chat import load_policy
     from densityrm_dagster.tracking import set_up_torch
 
     compute = load_experiment().compute
@@ -107,7 +107,7 @@ def _policy(folder: Path, max_new_tokens: int | None) -> "Policy":
 
 
 def _decoding(policy: "Policy", temperature: float, top_p: float, top_k: int) -> "Decoding":
-    from densityrm_core.decoding import Decoding
+    from densityrm_core.policies.decoding import Decoding
 
     return Decoding(policy.codec.max_reply_tokens, temperature, top_k, top_p)
 

@@ -14,8 +14,8 @@ from rich.text import Text
 from densityrm_dagster.terminal import is_terminal
 
 if TYPE_CHECKING:
-    from densityrm_core.chat import Conversation, Reply
     from densityrm_core.models.tokens import Codec
+    from densityrm_core.policies.chat import Conversation, Reply
 
 _HELP = """/reset          forget the conversation
 /system TEXT    set the system turn, which stands before the conversation; without TEXT there is none

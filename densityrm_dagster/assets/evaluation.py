@@ -105,10 +105,11 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
         **folder: Path,
     ) -> dg.Output[pl.DataFrame]:
         """Replies of the base policy and of every arm to the same held-out prompts, with the judge's and both models' rewards."""
-        from densityrm_core.evaluation import evaluate_policies, held_out_prompts, open_exam
+        from densityrm_core.evaluation import evaluate_policies, open_exam
         from densityrm_core.hardware import pick_device
         from densityrm_core.judge import load_judge
         from densityrm_core.models.folders import common_precision
+        from densityrm_core.policies.questions import held_out_prompts
         from densityrm_core.tables import with_key
         from densityrm_dagster.policy_evaluation_card import evaluation_card
 

@@ -61,10 +61,9 @@ def _policy(arm: Arm, experiment: Experiment) -> dg.AssetsDefinition:
         folders: dg.ResourceParam[FolderIOManager],
         mlflow: MLflowTracker,
     ) -> Iterator[Any]:
-        from densityrm_core.evaluation import held_out_prompts
-        from densityrm_core.grpo import PolicyTask, train_policy
         from densityrm_core.models.folders import save_model
-        from densityrm_core.sampling import training_prompts
+        from densityrm_core.policies.grpo import PolicyTask, train_policy
+        from densityrm_core.policies.questions import held_out_prompts, training_prompts
 
         settings, folder, seed = chosen(config, experiment.grpo), folders.stage(context), seed_of(context)
         asked = training_prompts(preference_pairs, density_weights, by_density=arm.prompts == "density")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig, BertForMaskedLM
 
-from densityrm_core.chat import Conversation, Policy, load_policy
-from densityrm_core.decoding import Decoding
 from densityrm_core.models.folders import CARD, ModelError, load_causal_lm
 from densityrm_core.models.tokens import CHAT_TEMPLATE
+from densityrm_core.policies.chat import Conversation, Policy, load_policy
+from densityrm_core.policies.decoding import Decoding
 from densityrm_core.reward_models.scoring import ConversationError, load_scorer
 from densityrm_core.streams import stream_seed
 

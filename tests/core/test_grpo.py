@@ -9,16 +9,17 @@ import polars as pl
 import pytest
 import torch
 
-from densityrm_core.decoding import Decoding
-from densityrm_core.engines import TransformersEngine
-from densityrm_core.experience import Collector, Questions
-from densityrm_core.grpo import PolicyTask, train_policy
 from densityrm_core.models.base_model import scratch_model
 from densityrm_core.models.folders import ModelError, load_causal_lm, load_codec, save_model
 from densityrm_core.models.tokens import Codec
-from densityrm_core.policy_watch import sequence_kl
-from densityrm_core.rewarder import FunctionRewarder, ModelRewarder, RewardScale, load_rewarder, scale_of
-from densityrm_core.rollout import sample_completions
+from densityrm_core.policies.decoding import Decoding
+from densityrm_core.policies.engines import TransformersEngine
+from densityrm_core.policies.experience import Collector
+from densityrm_core.policies.grpo import PolicyTask, train_policy
+from densityrm_core.policies.questions import Questions
+from densityrm_core.policies.rewards import FunctionRewarder, ModelRewarder, RewardScale, load_rewarder, scale_of
+from densityrm_core.policies.rollout import sample_completions
+from densityrm_core.policies.watch import sequence_kl
 from densityrm_core.sampling import SystematicSampler
 from densityrm_core.settings import BaseModelSettings, ComputeSettings, GrpoSettings
 from densityrm_core.training.checkpoints import CheckpointFolder
@@ -135,7 +136,7 @@ def test_without_a_spread_of_rewards_nothing_moves(base: Path, prompts: pl.DataF
 
 
 def test_with_one_update_a_rollout_the_ratio_is_exactly_one(base: Path, prompts: pl.DataFrame, monkeypatch: pytest.MonkeyPatch):
-    from densityrm_core import grpo
+    from densityrm_core.policies import grpo
 
     ratios: list[bool] = []
     whole = grpo.policy_loss

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from densityrm_core.grpo_loss import Sampled, completion_weights, group_advantages, penalised, policy_loss
-from densityrm_core.kl_control import KLControl
+from densityrm_core.policies.kl_control import KLControl
+from densityrm_core.policies.loss import Sampled, completion_weights, group_advantages, penalised, policy_loss
 from densityrm_core.settings import GrpoSettings
 
 NAN = float("nan")

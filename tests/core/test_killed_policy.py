@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_a_process(work: Callable[..., None], *arguments: Any) -> int | None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["densityrm_core.grpo"])
+    context.set_forkserver_preload(["densityrm_core.policies.grpo"])
     process = context.Process(target=work, args=arguments)
     process.start()
     process.join()
@@ -35,7 +35,7 @@ def in_a_process(work: Callable[..., None], *arguments: Any) -> int | None:
 
 def killed(training: Training, moment: str) -> None:
     """Train, and be killed in the middle of `moment`."""
-    from densityrm_core import rollout
+    from densityrm_core.policies import rollout
     from densityrm_core.training import checkpoints
 
     def die_at(call: int, whole: Callable[..., Any], first: bool = True) -> Callable[..., Any]:

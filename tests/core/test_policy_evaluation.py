@@ -9,19 +9,12 @@ import polars as pl
 import pytest
 import torch
 
-from densityrm_core.evaluation import (
-    PolicyEvaluationError,
-    PolicyExam,
-    best_of_n,
-    evaluate_policies,
-    evaluate_policy,
-    held_out_prompts,
-    open_exam,
-)
+from densityrm_core.evaluation import PolicyEvaluationError, PolicyExam, best_of_n, evaluate_policies, evaluate_policy, open_exam
 from densityrm_core.models.folders import load_causal_lm, load_codec, new_reward_model, save_model
 from densityrm_core.pairs.prompts import prompt_ids
-from densityrm_core.rewarder import RewardScale
-from densityrm_core.rollout import sample_completions
+from densityrm_core.policies.questions import held_out_prompts
+from densityrm_core.policies.rewards import RewardScale
+from densityrm_core.policies.rollout import sample_completions
 from densityrm_core.settings import EvaluationSettings, GrpoSettings
 from densityrm_core.streams import stream_seed
 from densityrm_core.tables import POLICY_EVALUATION, with_key

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from densityrm_core.decoding import Decoding, choose, member_keys, points_at, prompt_keys
 from densityrm_core.models.folders import load_causal_lm, load_codec
 from densityrm_core.models.likelihood import likelihood, log_probs
 from densityrm_core.models.packing import pack
 from densityrm_core.models.tokens import Codec
-from densityrm_core.rollout import sample_completions
+from densityrm_core.policies.decoding import Decoding, choose, member_keys, points_at, prompt_keys
+from densityrm_core.policies.rollout import sample_completions
 from tests.core.test_packing import MODELS, language_model
 from tests.core.tiny_models import tiny_language_model
 
@@ -113,7 +113,7 @@ def test_rollouts_repeat_with_their_seed_and_equal_prompts_are_drawn_apart(polic
 def test_finished_rows_leave_and_the_others_go_on_as_before(policy: Any, prompts: list[list[int]], codec: Codec, monkeypatch):
     decoding = Decoding(24, temperature=1.5)
     compacted = sample_completions(policy, prompts, 40, 16, decoding, 3).groups  # token 40 ends a completion here
-    monkeypatch.setattr("densityrm_core.rollout._COMPACT_BELOW", 0.0)
+    monkeypatch.setattr("densityrm_core.policies.rollout._COMPACT_BELOW", 0.0)
     whole = sample_completions(policy, prompts, 40, 16, decoding, 3).groups
     lengths = [len(reply) for group in whole for reply in group]
     assert len(set(lengths)) > 3
@@ -123,7 +123,7 @@ def test_finished_rows_leave_and_the_others_go_on_as_before(policy: Any, prompts
 
 def test_padded_rows_give_the_same_completions(policy: Any, prompts: list[list[int]], codec: Codec, monkeypatch):
     packed = sample_completions(policy, prompts, codec.eos, 6, Decoding(16), 5)
-    monkeypatch.setattr("densityrm_core.rollout.why_padded", lambda model: "for once")
+    monkeypatch.setattr("densityrm_core.policies.rollout.why_padded", lambda model: "for once")
     padded = sample_completions(policy, prompts, codec.eos, 6, Decoding(16), 5)
     assert first_differences(packed.groups, padded.groups) == 0
     for ours, theirs in zip(packed.log_probs, padded.log_probs, strict=True):
@@ -186,7 +186,7 @@ def test_impossible_decoding_is_refused(wrong: dict[str, float]):
 
 def test_the_copy_that_is_sampled_from_keeps_its_rotary_frequencies(policy: Any):
     """In bfloat16 they would turn a token at place 500 by half a radian too much."""
-    from densityrm_core.engines import TransformersEngine
+    from densityrm_core.policies.engines import TransformersEngine
 
     copied = TransformersEngine(policy, 0, "bf16")._sampled_from
     assert {parameter.dtype for parameter in copied.parameters()} == {torch.bfloat16}

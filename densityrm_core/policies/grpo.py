@@ -12,27 +12,27 @@ import torch
 from torch import Tensor
 
 from densityrm_core.choices import take
-from densityrm_core.decoding import Decoding
-from densityrm_core.engines import Engine, TransformersEngine
-from densityrm_core.experience import Batch, Collector, Experience, Questions
-from densityrm_core.grpo_loss import Sampled, policy_loss
 from densityrm_core.hardware import pick_device
-from densityrm_core.kl_control import KLControl
 from densityrm_core.models.attention import attention_kernel, resolve_kernel
 from densityrm_core.models.folders import ModelError, load_causal_lm, load_codec, precision_of
 from densityrm_core.models.likelihood import likelihood, log_probs
 from densityrm_core.models.packing import say_if_padded
 from densityrm_core.models.tokens import Codec
-from densityrm_core.policy_watch import PolicyWatch
-from densityrm_core.rewarder import Rewarder, RewardFunction, RewardScale, load_rewarder, scale_of
-from densityrm_core.rollout import sample_completions
+from densityrm_core.policies.decoding import Decoding
+from densityrm_core.policies.engines import Engine, TransformersEngine, VllmEngine
+from densityrm_core.policies.experience import Batch, Collector, Experience
+from densityrm_core.policies.kl_control import KLControl
+from densityrm_core.policies.loss import Sampled, policy_loss
+from densityrm_core.policies.questions import Questions, read_questions
+from densityrm_core.policies.rewards import Rewarder, RewardFunction, RewardScale, load_rewarder, scale_of
+from densityrm_core.policies.rollout import sample_completions
+from densityrm_core.policies.watch import PolicyWatch
 from densityrm_core.sampling import Sampler, make_sampler
 from densityrm_core.settings import ComputeSettings, GrpoSettings, SamplingSettings
 from densityrm_core.streams import stream_seed
 from densityrm_core.training.checkpoints import Best, key_of
 from densityrm_core.training.loop import Part, Plan, Watch, optimize
 from densityrm_core.training.precision import Precision, computing
-from densityrm_core.vllm_engine import VllmEngine
 
 _SCALE_PROMPTS, _SCALE_SAMPLES = 64, 4
 _FINAL = ("train/loss", "reward/mean", "kl/sequence", "eval/reward", "eval/kl", "eval/tokens")
@@ -103,7 +103,7 @@ def _train(task: PolicyTask, watch: Watch, device: str) -> TrainedPolicy:
     codec = load_codec(task.base)
     policy, reference = load_causal_lm(task.base, device), load_causal_lm(task.base, device).eval().requires_grad_(False)
     say_if_padded(policy, watch.say)
-    asked, watched = (_questions(prompts, codec) for prompts in (task.prompts, task.watched))
+    asked, watched = (read_questions(prompts, codec) for prompts in (task.prompts, task.watched))
     _check_context(policy, asked, task)
     rewarder = load_rewarder(task.reward_model, codec, device)
     if isinstance(task.reward_model, Path) and scale_of(task.reward_model) is None:
@@ -216,11 +216,6 @@ def _engine(policy: Any, codec: Codec, precision: Precision, task: PolicyTask) -
     if take("rollouts", task.compute.rollouts) == "vllm":
         return VllmEngine(policy, task.base, codec.eos)
     return TransformersEngine(policy, codec.eos, precision)
-
-
-def _questions(prompts: pl.DataFrame, codec: Codec) -> Questions:
-    contexts = prompts["context"].to_list()
-    return Questions(contexts, [codec.prompt(context) for context in contexts])
 
 
 def _check_context(policy: Any, asked: Questions, task: PolicyTask) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from densityrm_core.decoding import Decoding
 from densityrm_core.models.folders import (
     CARD,
     ModelError,
@@ -21,8 +20,9 @@ from densityrm_core.models.folders import (
     read_config,
 )
 from densityrm_core.models.tokens import CHAT_TEMPLATE, Codec, Turn
+from densityrm_core.policies.decoding import Decoding
+from densityrm_core.policies.rollout import sample_completions
 from densityrm_core.reward_models.scoring import ConversationError, Scorer, prompt_ids
-from densityrm_core.rollout import sample_completions
 from densityrm_core.streams import stream_seed
 
 if TYPE_CHECKING:

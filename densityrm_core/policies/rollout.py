@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densityrm_core.decoding import Decoding, choose, member_keys, points_at, prompt_keys
-from densityrm_core.kv_cache import NAME, KeyValues
 from densityrm_core.models.attention import packed_attention
 from densityrm_core.models.likelihood import logits_of
 from densityrm_core.models.packing import Ids, backbone_of, pack, why_padded
+from densityrm_core.policies.decoding import Decoding, choose, member_keys, points_at, prompt_keys
+from densityrm_core.policies.kv_cache import NAME, KeyValues
 from densityrm_core.streams import Words
 
 _COMPACT_BELOW = 0.75  # of the rows still writing

@@ -9,12 +9,12 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from densityrm_core.decoding import Decoding, prompt_keys
-from densityrm_core.engines import Engine
-from densityrm_core.experience import Questions
 from densityrm_core.models.likelihood import log_probs
 from densityrm_core.models.packing import Ids, pack, split_by_tokens
-from densityrm_core.rewarder import Rewarder
+from densityrm_core.policies.decoding import Decoding, prompt_keys
+from densityrm_core.policies.engines import Engine
+from densityrm_core.policies.questions import Questions
+from densityrm_core.policies.rewards import Rewarder
 from densityrm_core.settings import GrpoSettings
 from densityrm_core.streams import stream_seed
 from densityrm_core.tables import POLICY_COMPLETIONS

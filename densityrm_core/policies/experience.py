@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from densityrm_core.decoding import Decoding, prompt_keys
-from densityrm_core.engines import Engine
-from densityrm_core.grpo_loss import completion_weights, group_advantages, penalised, within_groups
 from densityrm_core.models.packing import Ids, Packed, pack, split_by_tokens
-from densityrm_core.models.tokens import Turn
-from densityrm_core.rewarder import Rewarder
+from densityrm_core.policies.decoding import Decoding, prompt_keys
+from densityrm_core.policies.engines import Engine
+from densityrm_core.policies.loss import completion_weights, group_advantages, penalised, within_groups
+from densityrm_core.policies.questions import Questions
+from densityrm_core.policies.rewards import Rewarder
 from densityrm_core.sampling import Sampler
 from densityrm_core.settings import GrpoSettings
 from densityrm_core.streams import stream_seed
 from densityrm_core.training.loop import TrainingError
 
 _NO_SPREAD = 1e-5  # standardised reward: equal completions of a packed row may differ in the last bits
-
-
-@dataclass(frozen=True)
-class Questions:
-    """The prompts that may be asked: their turns, and their ids as the policy reads them."""
-
-    contexts: Sequence[Sequence[Turn]]
-    prompts: Sequence[Ids]
 
 
 @dataclass(frozen=True)
