@@ -17,6 +17,7 @@ import polars as pl
 from benchmarks.gpu_work import Check, Figures, require
 from densityrm_core.density.pair_weights import weigh_pairs
 from densityrm_core.density.weighing import read_points, store_weights, weigh_prompts
+from densityrm_core.evaluation.reward_models import evaluate_reward_model, exam_pairs
 from densityrm_core.hardware import processors
 from densityrm_core.models.base_model import train_base_model
 from densityrm_core.models.conversion import as_hugging_face
@@ -25,7 +26,6 @@ from densityrm_core.pairs.prompts import unique_prompts
 from densityrm_core.pairs.selection import Taken
 from densityrm_core.pairs.union import unite_pairs
 from densityrm_core.reward_models.train import RewardModelTask, TrainedRewardModel, train_reward_model
-from densityrm_core.rm_evaluation import evaluate_reward_model, exam_pairs
 from densityrm_core.sampling import uniform_weights
 from densityrm_core.settings import (
     PLANTED,

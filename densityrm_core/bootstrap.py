@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Doubles = NDArray[np.float64]
+from densityrm_core.arrays import Doubles
+
 Statistic = Callable[[Doubles], Doubles]
 
 _LEVEL = 0.95

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from densityrm_core.bootstrap import Doubles
+from densityrm_core.arrays import Doubles
 from densityrm_core.statistics import Interval, bootstrap_column, bootstrap_strata
 
 LEAST_KL = 1e-3  # nats; an arm that stays below has not left the base policy

@@ -12,7 +12,8 @@ import numpy as np
 import polars as pl
 
 from densityrm_core.arms import in_order, reward_model_of
-from densityrm_core.bootstrap import Doubles, bootstrap_statistic
+from densityrm_core.arrays import Doubles
+from densityrm_core.bootstrap import bootstrap_statistic
 from densityrm_core.rm_rows import ends, flat, table
 from densityrm_core.statistics import STRATA, pair_policies, reply_means
 

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import polars as pl
 
-from densityrm_core.bootstrap import Doubles
+from densityrm_core.arrays import Doubles
 from densityrm_core.rm_rows import checked, ends, flat, model_slots, models_of, of_set, resample, table
 
 MEAN_OF_SUBSETS = "mean of subsets"

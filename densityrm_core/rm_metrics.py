@@ -13,7 +13,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from densityrm_core.bootstrap import Doubles, Interval
+from densityrm_core.arrays import Doubles
+from densityrm_core.bootstrap import Interval
 from densityrm_core.rm_rows import TEST_SPLIT, ends, flat, model_slots, of_set, resample, table
 
 METRICS = (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from densityrm_core.bootstrap import Doubles
+from densityrm_core.arrays import Doubles
 from densityrm_core.figures import BLUE, GREEN, GREY, PURPLE, VERMILLION, blank, error_bars, nothing, png, style, titled
 from densityrm_core.rm_rows import NAMES, interval_of, models_of
 

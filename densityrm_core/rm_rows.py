@@ -8,7 +8,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from densityrm_core.bootstrap import Bootstrap, Doubles, Interval, Statistic, bootstrap_statistic
+from densityrm_core.arrays import Doubles
+from densityrm_core.bootstrap import Bootstrap, Interval, Statistic, bootstrap_statistic
 
 NAMES = {  # in the order in which they are shown
     "rm_uniform": "uniform RM",

@@ -13,7 +13,7 @@ from densityrm_core.storage import read_frame
 from densityrm_dagster.metadata import markdown_table, plot
 
 if TYPE_CHECKING:
-    from densityrm_core.evaluation_sets import EvaluationSet
+    from densityrm_core.evaluation.sets import EvaluationSet
 
 _NUMBERS = ("accuracy", "log_loss", "ece", "accuracy_shorter_better", "accuracy_longer_better", "margin_length")
 _CELL = 160
@@ -53,9 +53,9 @@ def validation_plots(
         key: model and seed, as in tables.RM_EVALUATION.
     """
     from densityrm_core import rm_plots
+    from densityrm_core.evaluation.reward_models import evaluate_reward_model, watched_pairs
     from densityrm_core.hardware import pick_device
     from densityrm_core.models.folders import common_precision
-    from densityrm_core.rm_evaluation import evaluate_reward_model, watched_pairs
     from densityrm_core.rm_metrics import measure, reliability
     from densityrm_core.tables import RM_EVALUATION, with_key
 

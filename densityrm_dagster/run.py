@@ -22,7 +22,7 @@ _PRELOAD_TRAINING = [
     *_PRELOAD,
     "densityrm_core.vectors.encoders",
     "densityrm_core.density.weighing",
-    "densityrm_core.evaluation",
+    "densityrm_core.evaluation.policies",
     "densityrm_core.models.base_model",
     "scipy.stats",
     "mlflow.pyfunc",

@@ -17,6 +17,8 @@ from densityrm_core.policies.rollout import Rollout, sample_completions
 from densityrm_core.streams import Words
 from densityrm_core.training.precision import Precision
 
+_SHARE_OF_MEMORY = 0.3  # of the GPU, for vLLM; policy, reference and reward model need the rest
+
 
 class Engine(Protocol):
     """Samples from the policy as it is now."""
@@ -45,11 +47,13 @@ class TransformersEngine:
         return sample_completions(self._sampled_from, prompts, self._eos, group_size, decoding, keys)
 
 
-_SHARE_OF_MEMORY = 0.3  # of the GPU; policy, reference and reward model need the rest
-
-
 class VllmEngine:
-    """An engine (engines.Engine) whose draws follow from their seeds as far as vLLM's do; other batches may give other tokens."""
+    """Completions sampled by vLLM on the GPU that trains the policy, with its weights of the moment; needs the extra `vllm`.
+
+    Draws follow from their seeds as far as vLLM's do; other batches may give other tokens. It has not been run: no machine with
+    a GPU was at hand. What it relies on is vLLM's documented interface, and the way in which TRL hands weights to an engine of
+    the same process.
+    """
 
     def __init__(self, policy: Any, folder: Path, eos: int) -> None:
         """Args: folder, of the base model, which tells vLLM the architecture.
@@ -73,7 +77,7 @@ class VllmEngine:
         )
 
     def sample(self, prompts: Sequence[Ids], group_size: int, decoding: Decoding, keys: Words) -> Rollout:
-        """See engines.Engine."""
+        """See Engine."""
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]  as above
 
         self._hand_over_weights()

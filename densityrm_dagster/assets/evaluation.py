@@ -50,11 +50,11 @@ def _rm_evaluation(experiment: Experiment, downloads: Path) -> dg.AssetsDefiniti
         experiment: dg.ResourceParam[Experiment],
     ) -> dg.Output[pl.DataFrame]:
         """Rewards of both reward models and of the baselines for every test pair, with the density stratum of its prompt."""
-        from densityrm_core.baselines import fit_baselines
-        from densityrm_core.evaluation_sets import read_set
+        from densityrm_core.evaluation.baselines import fit_baselines
+        from densityrm_core.evaluation.reward_models import evaluate_baseline, evaluate_reward_model, exam_pairs
+        from densityrm_core.evaluation.sets import read_set
         from densityrm_core.hardware import pick_device
         from densityrm_core.models.folders import common_precision
-        from densityrm_core.rm_evaluation import evaluate_baseline, evaluate_reward_model, exam_pairs
         from densityrm_core.tables import with_key
         from densityrm_dagster.rm_card import measurements
 
@@ -105,9 +105,9 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
         **folder: Path,
     ) -> dg.Output[pl.DataFrame]:
         """Replies of the base policy and of every arm to the same held-out prompts, with the judge's and both models' rewards."""
-        from densityrm_core.evaluation import evaluate_policies, open_exam
+        from densityrm_core.evaluation.judge import load_judge
+        from densityrm_core.evaluation.policies import evaluate_policies, open_exam
         from densityrm_core.hardware import pick_device
-        from densityrm_core.judge import load_judge
         from densityrm_core.models.folders import common_precision
         from densityrm_core.policies.questions import held_out_prompts
         from densityrm_core.tables import with_key
@@ -147,9 +147,9 @@ def _policy_curves(experiment: Experiment) -> dg.AssetsDefinition:
         **folder: Path,
     ) -> dg.Output[pl.DataFrame]:
         """The judge's reward of what every arm answered while it was trained, beside its KL from the base policy."""
+        from densityrm_core.evaluation.curves import judged_curve
+        from densityrm_core.evaluation.judge import load_judge
         from densityrm_core.hardware import pick_device
-        from densityrm_core.judge import load_judge
-        from densityrm_core.policy_curves import judged_curve
         from densityrm_core.tables import with_key
         from densityrm_dagster.policy_evaluation_card import curves_card
 
@@ -180,7 +180,7 @@ def _policy_diversity(experiment: Experiment) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, policy_evaluation: pl.DataFrame, experiment: dg.ResourceParam[Experiment]
     ) -> dg.Output[pl.DataFrame]:
         """How different the sampled replies of every policy are, in words and in meaning, within a prompt and across prompts."""
-        from densityrm_core.diversity import measure_diversity
+        from densityrm_core.evaluation.diversity import measure_diversity
         from densityrm_core.hardware import pick_device
         from densityrm_core.vectors.encoders import encoder_of_texts
         from densityrm_dagster.policy_evaluation_card import diversity_card

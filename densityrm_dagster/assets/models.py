@@ -87,7 +87,7 @@ def _judge(experiment: Experiment) -> dg.AssetsDefinition:
         mlflow: MLflowTracker,
     ) -> dg.Output[Path]:
         """The gold judge: the planted rule where the truth is known, else a reward model of the judge split."""
-        from densityrm_core.judge import save_planted_judge
+        from densityrm_core.evaluation.judge import save_planted_judge
         from densityrm_core.models.folders import save_model
         from densityrm_core.reward_models.train import RewardModelTask, train_reward_model
         from densityrm_core.sampling import uniform_weights

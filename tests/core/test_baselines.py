@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from densityrm_core.arrays import id_keys
-from densityrm_core.baselines import fit_bag_of_words, fit_baselines
+from densityrm_core.evaluation.baselines import fit_bag_of_words, fit_baselines
 from densityrm_core.streams import unit_intervals
 
 from .sources import read
@@ -78,7 +78,7 @@ def test_a_training_split_too_small_to_fit_rewards_nothing():
 
 
 def test_at_most_so_many_pairs_are_learned_from(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("densityrm_core.baselines.MAX_PAIRS", 3)
+    monkeypatch.setattr("densityrm_core.evaluation.baselines.MAX_PAIRS", 3)
     train = pairs(*[("long reply", "short")] * 20).lazy()
     assert margins("longer_reply", ("ab", "a"), splits=train) == [pytest.approx(np.log(4 / 1))]  # three, and one imagined
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from densityrm_core.diversity import distinct_n, measure_diversity, self_bleu, spreads, words
+from densityrm_core.evaluation.diversity import distinct_n, measure_diversity, self_bleu, spreads, words
 
 from .policy_rows import evaluation
 

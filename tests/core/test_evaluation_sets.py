@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from densityrm_core.evaluation_sets import EvaluationSet, read_set
+from densityrm_core.evaluation.sets import EvaluationSet, read_set
 from densityrm_core.experiment import Experiment
 from densityrm_core.sources.rows import SourceError
 

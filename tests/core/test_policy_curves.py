@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from densityrm_core.policy_curves import FILE, CurveError, judged_curve
+from densityrm_core.evaluation.curves import FILE, CurveError, judged_curve
 from densityrm_core.tables import POLICY_COMPLETIONS, TableError
 
 CONTEXTS = pl.DataFrame(

@@ -9,7 +9,14 @@ import polars as pl
 import pytest
 import torch
 
-from densityrm_core.evaluation import PolicyEvaluationError, PolicyExam, best_of_n, evaluate_policies, evaluate_policy, open_exam
+from densityrm_core.evaluation.policies import (
+    PolicyEvaluationError,
+    PolicyExam,
+    best_of_n,
+    evaluate_policies,
+    evaluate_policy,
+    open_exam,
+)
 from densityrm_core.models.folders import load_causal_lm, load_codec, new_reward_model, save_model
 from densityrm_core.pairs.prompts import prompt_ids
 from densityrm_core.policies.questions import held_out_prompts

@@ -7,8 +7,8 @@ import numpy as np
 import polars as pl
 
 from densityrm_core import tables
-from densityrm_core.evaluation_sets import read_set
-from densityrm_core.rm_evaluation import evaluate_baseline
+from densityrm_core.evaluation.reward_models import evaluate_baseline
+from densityrm_core.evaluation.sets import read_set
 from densityrm_core.tables import with_key
 from densityrm_dagster.rm_card import measurements
 

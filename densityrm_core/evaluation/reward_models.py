@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from densityrm_core.baselines import Baseline
+from densityrm_core.evaluation.baselines import Baseline
 from densityrm_core.models.folders import load_codec, load_reward_model
 from densityrm_core.reward_models.scoring import Report, score_pairs, tokenize_pairs
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from densityrm_core.arms import ARMS, best_of_name
-from densityrm_core.judge import Judge
+from densityrm_core.evaluation.judge import Judge
 from densityrm_core.models.folders import load_causal_lm, load_codec
 from densityrm_core.models.likelihood import likelihood, log_probs
 from densityrm_core.models.packing import pack

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from densityrm_core.judge import Judge
+from densityrm_core.evaluation.judge import Judge
 from densityrm_core.storage import read_frame
 from densityrm_core.tables import POLICY_COMPLETIONS
 

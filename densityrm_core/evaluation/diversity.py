@@ -14,7 +14,7 @@ import numpy.typing as npt
 import polars as pl
 
 from densityrm_core.arms import BEST_OF
-from densityrm_core.bootstrap import Doubles
+from densityrm_core.arrays import Doubles
 from densityrm_core.tables import POLICY_DIVERSITY
 
 Words = tuple[str, ...]
