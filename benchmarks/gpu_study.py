@@ -19,6 +19,7 @@ from densityrm_core.density.pair_weights import weigh_pairs
 from densityrm_core.density.weighing import read_points, store_weights, weigh_prompts
 from densityrm_core.evaluation.reward_models import evaluate_reward_model, exam_pairs
 from densityrm_core.hardware import processors
+from densityrm_core.measurement.frames import bootstrap_column, pair_models
 from densityrm_core.models.base_model import train_base_model
 from densityrm_core.models.conversion import as_hugging_face
 from densityrm_core.models.folders import load_codec, save_model
@@ -41,7 +42,6 @@ from densityrm_core.settings import (
     StackExchangeSettings,
 )
 from densityrm_core.sources import Folders, SourceName, read_source
-from densityrm_core.statistics import bootstrap_column, pair_models
 from densityrm_core.training.loop import Watch
 from densityrm_core.vectors.embedding import embed_prompts
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from densityrm_core.files import replacing
-from densityrm_core.statistics import Interval
+from densityrm_core.measurement.bootstrap import Interval
 
 _WIDTH = 110
 

@@ -10,10 +10,10 @@ import polars as pl
 
 from densityrm_core.arms import policy_title, reward_model_of
 from densityrm_core.arrays import Doubles
-from densityrm_core.equal_kl import curve_points, mean_curves
 from densityrm_core.figures import BLUE, GREEN, GREY, PURPLE, VERMILLION, blank, error_bars, nothing, png, style, titled
-from densityrm_core.policy_metrics import policies_of
-from densityrm_core.rm_rows import interval_of
+from densityrm_core.measurement.equal_kl import curve_points, mean_curves
+from densityrm_core.measurement.frames import interval_of
+from densityrm_core.measurement.policies import policies_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 
 from densityrm_core.arms import policy_title
-from densityrm_core.bootstrap import Interval
-from densityrm_core.equal_kl import EqualKl
-from densityrm_core.policy_metrics import policies_of
-from densityrm_core.rm_rows import interval_of
-from densityrm_core.statistics import STRATA, reward_spec
+from densityrm_core.measurement.bootstrap import Interval
+from densityrm_core.measurement.equal_kl import EqualKl
+from densityrm_core.measurement.frames import STRATA, interval_of
+from densityrm_core.measurement.hypotheses import reward_spec
+from densityrm_core.measurement.policies import policies_of
 
 _NAMES = {"a": "A: neither", "b": "B: RM", "c": "C: prompts", "d": "D: both"}  # what 1/density sampling is used in
 

@@ -11,15 +11,10 @@ import polars as pl
 from densityrm_core.arms import BEST_OF
 from densityrm_core.document import Report, Text, finite
 from densityrm_core.experiment import Experiment
+from densityrm_core.measurement.frames import reply_means
+from densityrm_core.measurement.hypotheses import Hypothesis, Verdict, policy_hypothesis, reward_model_hypothesis
 from densityrm_core.policy_section import policy_section
 from densityrm_core.rm_section import reward_model_section
-from densityrm_core.statistics import (
-    Hypothesis,
-    Verdict,
-    policy_hypothesis,
-    reply_means,
-    reward_model_hypothesis,
-)
 
 
 class ReportError(ValueError):

@@ -8,7 +8,8 @@ import polars as pl
 
 from densityrm_core.arrays import Doubles
 from densityrm_core.figures import BLUE, GREEN, GREY, PURPLE, VERMILLION, blank, error_bars, nothing, png, style, titled
-from densityrm_core.rm_rows import NAMES, interval_of, models_of
+from densityrm_core.measurement.frames import interval_of
+from densityrm_core.measurement.reward_models import NAMES, models_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

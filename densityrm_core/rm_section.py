@@ -5,12 +5,11 @@ from __future__ import annotations
 import polars as pl
 
 from densityrm_core import rm_plots, rm_tables
-from densityrm_core.bootstrap import Interval
 from densityrm_core.document import Drawing, Grid, Picture, Section, Text
-from densityrm_core.rm_comparison import agreement, measure_sets
-from densityrm_core.rm_metrics import METRICS, measure, reliability
-from densityrm_core.rm_rows import NAMES, interval_of, models_of
-from densityrm_core.statistics import STRATA, bootstrap_strata, pair_models
+from densityrm_core.measurement.bootstrap import Interval
+from densityrm_core.measurement.comparison import agreement, measure_sets
+from densityrm_core.measurement.frames import STRATA, bootstrap_strata, interval_of, pair_models
+from densityrm_core.measurement.reward_models import METRICS, NAMES, measure, models_of, reliability
 
 _ROWS = {**NAMES, "difference": "density - uniform"}
 _PICTURES = {

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import polars as pl
 
-from densityrm_core.rm_rows import NAMES, interval_of, models_of
+from densityrm_core.measurement.frames import interval_of
+from densityrm_core.measurement.reward_models import NAMES, models_of
 
 COLUMNS = {
     "accuracy": "accuracy, %",

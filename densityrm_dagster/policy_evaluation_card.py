@@ -16,7 +16,7 @@ _CELL = 160
 def evaluation_card(rows: pl.DataFrame, pairs: pl.DataFrame, resamples: int) -> dict[str, Any]:
     """The card of POLICY_EVALUATION rows of one seed; `pairs` (PREFERENCE_PAIRS) has the prompts' texts."""
     from densityrm_core import policy_plots, policy_tables
-    from densityrm_core.policy_metrics import measure
+    from densityrm_core.measurement.policies import measure
 
     measured = measure(rows, POLICY_DIVERSITY.empty(), resamples)
     return {
@@ -34,7 +34,7 @@ def evaluation_card(rows: pl.DataFrame, pairs: pl.DataFrame, resamples: int) -> 
 def curves_card(rows: pl.DataFrame, resamples: int) -> dict[str, Any]:
     """The card of POLICY_CURVES rows of one seed."""
     from densityrm_core import policy_plots, policy_tables
-    from densityrm_core.equal_kl import compare_at_equal_kl, curve_points
+    from densityrm_core.measurement.equal_kl import compare_at_equal_kl, curve_points
 
     equal = compare_at_equal_kl(rows, resamples)
     level = next(iter(equal.levels.values()), None)
@@ -50,7 +50,7 @@ def curves_card(rows: pl.DataFrame, resamples: int) -> dict[str, Any]:
 def diversity_card(evaluation: pl.DataFrame, rows: pl.DataFrame, resamples: int) -> dict[str, Any]:
     """The card of POLICY_DIVERSITY rows of one seed, and the replies of the two prompts that are answered most alike."""
     from densityrm_core import policy_plots, policy_tables
-    from densityrm_core.policy_metrics import measure
+    from densityrm_core.measurement.policies import measure
 
     measured = measure(evaluation, rows, resamples, deciles=False)
     in_words, in_meaning = policy_tables.diversity(measured)

@@ -22,8 +22,8 @@ _CELL = 160
 def measurements(rows: pl.DataFrame, sets: "Sequence[EvaluationSet]", resamples: int) -> tuple[dict[str, Any], list[str]]:
     """The card of RM_EVALUATION rows of one seed, and what the log should say: a line a model and a line a set."""
     from densityrm_core import rm_plots, rm_tables
-    from densityrm_core.rm_comparison import agreement, measure_sets
-    from densityrm_core.rm_metrics import measure, reliability
+    from densityrm_core.measurement.comparison import agreement, measure_sets
+    from densityrm_core.measurement.reward_models import measure, reliability
 
     measured, alike, further = measure(rows, resamples), agreement(rows, resamples), measure_sets(rows, resamples)
     card: dict[str, Any] = {
@@ -55,8 +55,8 @@ def validation_plots(
     from densityrm_core import rm_plots
     from densityrm_core.evaluation.reward_models import evaluate_reward_model, watched_pairs
     from densityrm_core.hardware import pick_device
+    from densityrm_core.measurement.reward_models import measure, reliability
     from densityrm_core.models.folders import common_precision
-    from densityrm_core.rm_metrics import measure, reliability
     from densityrm_core.tables import RM_EVALUATION, with_key
 
     scored = evaluate_reward_model(folder, watched_pairs(validation, strata), pick_device(experiment.compute.device))
@@ -72,7 +72,7 @@ def validation_plots(
 def evaluation_text(folder: Path, experiment: Experiment) -> str:
     """What all seeds' evaluations say of reward models and baselines, for a terminal: metrics, then accuracy by stratum."""
     from densityrm_core import rm_tables
-    from densityrm_core.rm_metrics import measure
+    from densityrm_core.measurement.reward_models import measure
 
     rows = pl.concat([read_frame(folder / f"{seed}.parquet") for seed in experiment.seeds])
     measured = measure(rows, experiment.evaluation.bootstrap)
@@ -89,7 +89,7 @@ def settings_table(settings: Settings) -> dg.MarkdownMetadataValue:
 
 def _numbers(measured: pl.DataFrame, alike: pl.DataFrame, further: pl.DataFrame) -> dict[str, float]:
     """Floats that Dagster plots from run to run."""
-    from densityrm_core.rm_comparison import MEAN_OF_SUBSETS
+    from densityrm_core.measurement.comparison import MEAN_OF_SUBSETS
 
     whole = measured.filter(pl.col("by") == "all", pl.col("metric").is_in(_NUMBERS))
     rare = measured.filter(by="quartile", stratum="1", metric="accuracy")
@@ -105,7 +105,8 @@ def _numbers(measured: pl.DataFrame, alike: pl.DataFrame, further: pl.DataFrame)
 
 
 def _lines(measured: pl.DataFrame) -> list[str]:
-    from densityrm_core.rm_rows import interval_of, models_of
+    from densityrm_core.measurement.frames import interval_of
+    from densityrm_core.measurement.reward_models import models_of
 
     lines: list[str] = []
     for model in models_of(measured):

@@ -7,9 +7,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from densityrm_core import policy_metrics, policy_plots, rm_plots
+from densityrm_core import policy_plots, rm_plots
 from densityrm_core.density import plots
-from densityrm_core.rm_metrics import measure, reliability
+from densityrm_core.measurement import policies as policy_metrics
+from densityrm_core.measurement.reward_models import measure, reliability
 from densityrm_core.tables import (
     DENSITY_WEIGHTS,
     METRICS,

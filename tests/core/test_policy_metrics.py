@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 
 from densityrm_core.arms import best_of_name, in_order, policy_title, reward_model_of
-from densityrm_core.policy_metrics import measure, prompt_cells, win_rates
-from densityrm_core.rm_rows import interval_of
+from densityrm_core.measurement.frames import interval_of
+from densityrm_core.measurement.policies import measure, prompt_cells, win_rates
 from densityrm_core.tables import POLICY_DIVERSITY, POLICY_EVALUATION
 
 from .policy_rows import diversity_of, evaluation, samples

@@ -11,7 +11,7 @@ import pytest
 import densityrm_core
 import densityrm_dagster
 from densityrm_core.evaluation.reward_models import evaluate_baseline, evaluate_reward_model, exam_pairs
-from densityrm_core.rm_rows import checked
+from densityrm_core.measurement.reward_models import checked
 from densityrm_core.tables import RM_EVALUATION
 
 from .tiny_models import tiny_reward_model

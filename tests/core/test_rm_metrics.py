@@ -10,9 +10,9 @@ import polars as pl
 import pytest
 from scipy.stats import spearmanr
 
-from densityrm_core.rm_comparison import MEAN_OF_SUBSETS, agreement, measure_sets
-from densityrm_core.rm_metrics import METRICS, measure, reliability
-from densityrm_core.rm_rows import RowsError, interval_of
+from densityrm_core.measurement.comparison import MEAN_OF_SUBSETS, agreement, measure_sets
+from densityrm_core.measurement.frames import interval_of
+from densityrm_core.measurement.reward_models import METRICS, RowsError, measure, reliability
 from densityrm_core.tables import RM_EVALUATION
 
 

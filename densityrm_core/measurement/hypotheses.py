@@ -8,12 +8,11 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from densityrm_core.bootstrap import Interval, bootstrap_mean
+from densityrm_core.measurement.bootstrap import Interval
+from densityrm_core.measurement.frames import bootstrap_column, pair_models, pair_policies
 
 Verdict = Literal["supported", "refuted", "undecided"]
 Claim = Literal["confirmed", "compatible", "ruled out", "undefined"]
-
-STRATA = {"all": (1, 2, 3, 4), "rare quartile": (1,), "common quartile": (4,)}  # quartiles of the density
 
 
 @dataclass(frozen=True)
@@ -26,45 +25,6 @@ class Hypothesis:
     baseline: float | None = None
     claim: float | None = None
     relative_gain: Claim | None = None
-
-
-def bootstrap_column(frame: pl.DataFrame, column: str, resamples: int, seed: int = 0) -> Interval:
-    """`bootstrap_mean` of a column of a frame that has `seed` and `prompt_id`."""
-    frame = frame.sort("seed", "prompt_id", column)  # float sums depend on the order of rows; the result must not
-    return bootstrap_mean(frame[column], frame["seed"], frame["prompt_id"].rank("dense"), resamples, seed)
-
-
-def bootstrap_strata(frame: pl.DataFrame, column: str, n: int) -> dict[str, Interval | None]:
-    """`bootstrap_column` of every stratum of `STRATA`; None where it has no rows."""
-    parts = {name: frame.filter(pl.col("quartile").is_in(quartiles)) for name, quartiles in STRATA.items()}
-    return {name: bootstrap_column(part, column, n) if len(part) else None for name, part in parts.items()}
-
-
-def reply_means(policies: pl.DataFrame) -> pl.DataFrame:
-    """Means over the sampled completions of a prompt: one row a seed, policy and prompt."""
-    keys = ("seed", "policy", "prompt_id", "quartile")
-    means = pl.col("judge_reward", "own_reward", "kl", "tokens", "entropy").mean()
-    return policies.filter(pl.col("sample") > 0).sort(*keys, "sample").group_by(*keys).agg(means).sort(keys)
-
-
-def pair_models(rm: pl.DataFrame) -> pl.DataFrame:
-    """Test pairs that both reward models scored in one seed, with `correct`, `uniform` and their `difference`."""
-    test = rm.filter(pl.col("set") == "test")
-    uniform = test.filter(pl.col("model") == "rm_uniform").select("seed", "pair_id", uniform="correct")
-    density = test.filter(pl.col("model") == "rm_density")
-    return density.join(uniform, on=["seed", "pair_id"]).with_columns(difference=pl.col("correct") - pl.col("uniform"))
-
-
-def pair_policies(cells: pl.DataFrame, arm: str, reference: str) -> pl.DataFrame:
-    """Prompts that both policies answered in one seed, with the `difference` of their judge rewards."""
-    other = cells.filter(pl.col("policy") == reference)
-    paired = cells.filter(pl.col("policy") == arm).join(
-        other.select("seed", "prompt_id", reference="judge_reward"), on=["seed", "prompt_id"], how="left"
-    )
-    if reference == "base":  # every seed starts from the same base policy, so any seed's evaluation of it will do
-        any_seed = other.group_by("prompt_id").agg(any_seed=pl.col("judge_reward").mean())
-        paired = paired.join(any_seed, on="prompt_id", how="left").with_columns(pl.coalesce("reference", "any_seed"))
-    return paired.drop_nulls("reference").with_columns(difference=pl.col("judge_reward") - pl.col("reference"))
 
 
 def verdict(interval: Interval) -> Verdict:

@@ -17,7 +17,8 @@ import numpy as np
 import polars as pl
 
 from densityrm_core.arrays import Doubles
-from densityrm_core.statistics import Interval, bootstrap_column, bootstrap_strata
+from densityrm_core.measurement.bootstrap import Interval
+from densityrm_core.measurement.frames import bootstrap_column, bootstrap_strata
 
 LEAST_KL = 1e-3  # nats; an arm that stays below has not left the base policy
 

@@ -8,7 +8,8 @@ import numpy as np
 import polars as pl
 
 from densityrm_core.arrays import Doubles
-from densityrm_core.rm_rows import checked, ends, flat, model_slots, models_of, of_set, resample, table
+from densityrm_core.measurement.frames import ends, flat, table
+from densityrm_core.measurement.reward_models import checked, model_slots, models_of, of_set, resample
 
 MEAN_OF_SUBSETS = "mean of subsets"
 

@@ -13,9 +13,8 @@ import polars as pl
 
 from densityrm_core.arms import in_order, reward_model_of
 from densityrm_core.arrays import Doubles
-from densityrm_core.bootstrap import bootstrap_statistic
-from densityrm_core.rm_rows import ends, flat, table
-from densityrm_core.statistics import STRATA, pair_policies, reply_means
+from densityrm_core.measurement.bootstrap import bootstrap_statistic
+from densityrm_core.measurement.frames import STRATA, ends, flat, pair_policies, reply_means, table
 
 OF_REPLIES = ("judge_reward", "own_reward", "kl", "tokens", "entropy")
 AGAINST_BASE = ("change", "wins", "judge_gain", "own_gain", "own_less_judge")
