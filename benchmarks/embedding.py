@@ -22,8 +22,7 @@ from sentence_transformers import SentenceTransformer
 
 from benchmarks.measure import interleaved
 from densityrm_core.density.definitions import log_density
-from densityrm_core.files import located
-from densityrm_core.hardware import device_kind
+from densityrm_core.hardware import device_kind, located
 from densityrm_core.settings import DensitySettings, EmbeddingSettings, PlantedSettings, SourceSettings
 from densityrm_core.sources import Folders, read_source
 from densityrm_core.vectors.encoders import dtype_of, load_encoder

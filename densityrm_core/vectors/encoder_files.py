@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from densityrm_core.arrays import Floats
-from densityrm_core.files import file_hash, located
+from densityrm_core.files import file_hash
+from densityrm_core.hardware import located
 
 # The same for base models, which are GGUF files there
 _KINDS = ("lm-logits", "lm", "parquet")

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from densityrm_core.arrays import Flags, Floats
 from densityrm_core.choices import take
-from densityrm_core.files import located
-from densityrm_core.hardware import fast_bfloat16
+from densityrm_core.hardware import fast_bfloat16, located
 from densityrm_core.settings import EmbeddingSettings
 from densityrm_core.vectors.encoder_files import EmbeddingError, normalize, not_to_be_had, split_kind
 

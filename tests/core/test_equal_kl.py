@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 
 from densityrm_core.measurement.equal_kl import common_kl, compare_at_equal_kl, mean_curves, rewards_at
-from densityrm_core.policy_plots import reward_against_kl
-from densityrm_core.policy_section import equal_kl_sentence
+from densityrm_core.report.policy_plots import reward_against_kl
+from densityrm_core.report.policy_section import equal_kl_sentence
 from densityrm_core.tables import POLICY_CURVES
 
 from .policy_rows import curve

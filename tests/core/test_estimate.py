@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from densityrm_core.estimate import Estimate, Lengths, TooLargeError, Units, estimate, lengths_of, probe
 from densityrm_core.experiment import Experiment
 from densityrm_core.models.base_model import scratch_model
 from densityrm_core.models.folders import load_causal_lm
 from densityrm_core.models.shapes import Shape, shape_of
-from densityrm_core.needs import disk_needed, memory_needed, training_needed
+from densityrm_core.planning.estimate import Estimate, Lengths, TooLargeError, Units, estimate, lengths_of, probe
+from densityrm_core.planning.needs import disk_needed, memory_needed, training_needed
 from densityrm_core.settings import BaseModelSettings
 
 from .test_base_models import write_gguf

@@ -7,10 +7,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from densityrm_core import policy_plots, rm_plots
 from densityrm_core.density import plots
 from densityrm_core.measurement import policies as policy_metrics
 from densityrm_core.measurement.reward_models import measure, reliability
+from densityrm_core.report import policy_plots, reward_model_plots
 from densityrm_core.tables import (
     DENSITY_WEIGHTS,
     METRICS,
@@ -84,9 +84,9 @@ FIGURES = {
     "weight_histogram": lambda: plots.weight_histogram(weights()),
     "lorenz_curve": lambda: plots.lorenz_curve(weights()),
     "curves": lambda: training_plots.curves(metrics(), ["loss", "accuracy", "absent"], "pairs seen"),
-    "accuracy_by_decile": lambda: rm_plots.accuracy_by_decile(measure(rm(), 200)),
-    "accuracy_by_source": lambda: rm_plots.accuracy_by_source(measure(rm(), 200)),
-    "reliability_diagram": lambda: rm_plots.reliability_diagram(reliability(rm(), 200), measure(rm(), 200)),
+    "accuracy_by_decile": lambda: reward_model_plots.accuracy_by_decile(measure(rm(), 200)),
+    "accuracy_by_source": lambda: reward_model_plots.accuracy_by_source(measure(rm(), 200)),
+    "reliability_diagram": lambda: reward_model_plots.reliability_diagram(reliability(rm(), 200), measure(rm(), 200)),
     "policy_rewards": lambda: policy_plots.policy_rewards(measured()),
     "wins_by_decile": lambda: policy_plots.wins_by_decile(measured()),
     "reward_against_kl": lambda: policy_plots.reward_against_kl(curves_of(policies())),
@@ -96,9 +96,9 @@ EMPTY = {
     "weight_histogram": lambda: plots.weight_histogram(DENSITY_WEIGHTS.empty()),
     "lorenz_curve": lambda: plots.lorenz_curve(DENSITY_WEIGHTS.empty()),
     "curves": lambda: training_plots.curves(METRICS.empty(), ["loss"], "pairs seen"),
-    "accuracy_by_decile": lambda: rm_plots.accuracy_by_decile(NO_RM),
-    "accuracy_by_source": lambda: rm_plots.accuracy_by_source(NO_RM),
-    "reliability_diagram": lambda: rm_plots.reliability_diagram(reliability(RM_EVALUATION.empty(), 1), NO_RM),
+    "accuracy_by_decile": lambda: reward_model_plots.accuracy_by_decile(NO_RM),
+    "accuracy_by_source": lambda: reward_model_plots.accuracy_by_source(NO_RM),
+    "reliability_diagram": lambda: reward_model_plots.reliability_diagram(reliability(RM_EVALUATION.empty(), 1), NO_RM),
     "policy_rewards": lambda: policy_plots.policy_rewards(NO_POLICIES),
     "wins_by_decile": lambda: policy_plots.wins_by_decile(NO_POLICIES),
     "reward_against_kl": lambda: policy_plots.reward_against_kl(POLICY_CURVES.empty()),

@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from densityrm_core.document import Report
 from densityrm_core.experiment import Experiment
-from densityrm_core.report import PolicyResults, ReportError, build_report
+from densityrm_core.report.document import Report
+from densityrm_core.report.verdict import PolicyResults, ReportError, build_report
 from densityrm_core.tables import POLICY_EVALUATION, RM_EVALUATION
 
 from .policy_rows import curves_of, diversity_of

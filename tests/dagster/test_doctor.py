@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from densityrm_core import files, hardware
+from densityrm_core import hardware
 from densityrm_core.experiment import Experiment
 from densityrm_core.models.folders import CARD
 from densityrm_dagster import cli
@@ -137,7 +137,7 @@ def test_too_little_memory_is_red_and_names_settings(monkeypatch: pytest.MonkeyP
 def test_without_the_packaged_encoder_and_without_network_there_is_a_remedy(
     monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path
 ):
-    monkeypatch.setattr(files, "package_folder", lambda _: None)
+    monkeypatch.setattr(hardware, "package_folder", lambda _: None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     line = found("encoder files", home)

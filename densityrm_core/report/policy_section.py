@@ -6,13 +6,13 @@ from typing import Any
 
 import polars as pl
 
-from densityrm_core import policy_plots, policy_tables
 from densityrm_core.arms import is_best_of
-from densityrm_core.document import Block, Drawing, Grid, Picture, Section, Text
 from densityrm_core.measurement.bootstrap import Interval
 from densityrm_core.measurement.equal_kl import LEAST_KL, EqualKl, compare_at_equal_kl
 from densityrm_core.measurement.frames import bootstrap_strata, interval_of, pair_policies, reply_means
 from densityrm_core.measurement.policies import METRICS, measure, policies_of
+from densityrm_core.report import policy_plots, policy_tables
+from densityrm_core.report.document import Block, Drawing, Grid, Picture, Section, Text
 
 _PICTURES = {
     "policy_rewards.png": "Judge reward per arm",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import polars as pl
 
-from densityrm_core import rm_plots, rm_tables
-from densityrm_core.document import Drawing, Grid, Picture, Section, Text
 from densityrm_core.measurement.bootstrap import Interval
 from densityrm_core.measurement.comparison import agreement, measure_sets
 from densityrm_core.measurement.frames import STRATA, bootstrap_strata, interval_of, pair_models
 from densityrm_core.measurement.reward_models import METRICS, NAMES, measure, models_of, reliability
+from densityrm_core.report import reward_model_plots, reward_model_tables
+from densityrm_core.report.document import Drawing, Grid, Picture, Section, Text
 
 _ROWS = {**NAMES, "difference": "density - uniform"}
 _PICTURES = {
@@ -28,8 +28,8 @@ def reward_model_section(rm: pl.DataFrame, n: int) -> Section:
     accuracy, models = _accuracies(rm, n), models_of(measured)
     drawings: dict[str, Drawing] = {}
     if models:
-        drawings["accuracy_by_decile.png"] = lambda: rm_plots.accuracy_by_decile(measured)
-        drawings["reliability.png"] = lambda: rm_plots.reliability_diagram(reliability(rm, n), measured)
+        drawings["accuracy_by_decile.png"] = lambda: reward_model_plots.accuracy_by_decile(measured)
+        drawings["reliability.png"] = lambda: reward_model_plots.reliability_diagram(reliability(rm, n), measured)
     table = {
         "accuracy": accuracy,
         "metrics": {m: {x: interval_of(measured, by="all", model=m, metric=x) for x in METRICS} for m in models},
@@ -68,9 +68,13 @@ def _grids(measured: pl.DataFrame, alike: pl.DataFrame, sets: pl.DataFrame) -> l
     """Calibration, length bias, agreement of the reward models with each other and with the baselines, and further sets."""
     with_rm = alike.filter(pl.col("model").is_in(["rm_uniform", "rm_density"]))
     tables = (
-        rm_tables.overview(measured, ("log_loss", "ece", "margin")),
-        rm_tables.overview(measured, ("accuracy_shorter_better", "accuracy_longer_better", "margin_length")),
-        rm_tables.alike(with_rm),
-        *(rm_tables.sets(sets.filter(model=model)) for model in models_of(sets) if model in ("rm_uniform", "rm_density")),
+        reward_model_tables.overview(measured, ("log_loss", "ece", "margin")),
+        reward_model_tables.overview(measured, ("accuracy_shorter_better", "accuracy_longer_better", "margin_length")),
+        reward_model_tables.alike(with_rm),
+        *(
+            reward_model_tables.sets(sets.filter(model=model))
+            for model in models_of(sets)
+            if model in ("rm_uniform", "rm_density")
+        ),
     )
     return [Grid(tuple(t.columns), tuple(t.iter_rows())) for t in tables if len(t)]

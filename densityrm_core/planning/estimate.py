@@ -21,7 +21,7 @@ from densityrm_core.models.attention import attention_kernel
 from densityrm_core.models.likelihood import log_probs
 from densityrm_core.models.packing import Group, pack, rewards, split_by_tokens
 from densityrm_core.models.shapes import Shape
-from densityrm_core.needs import AT_A_TIME, training_needed
+from densityrm_core.planning.needs import AT_A_TIME, training_needed
 from densityrm_core.policies.decoding import Decoding, prompt_keys
 from densityrm_core.policies.engines import TransformersEngine
 from densityrm_core.reward_models.loss import bradley_terry_loss

@@ -9,12 +9,12 @@ from typing import Any
 import polars as pl
 
 from densityrm_core.arms import BEST_OF
-from densityrm_core.document import Report, Text, finite
 from densityrm_core.experiment import Experiment
 from densityrm_core.measurement.frames import reply_means
 from densityrm_core.measurement.hypotheses import Hypothesis, Verdict, policy_hypothesis, reward_model_hypothesis
-from densityrm_core.policy_section import policy_section
-from densityrm_core.rm_section import reward_model_section
+from densityrm_core.report.document import Report, Text, finite
+from densityrm_core.report.policy_section import policy_section
+from densityrm_core.report.reward_model_section import reward_model_section
 
 
 class ReportError(ValueError):
