@@ -1,5 +1,5 @@
 """`python -m densityrm_dagster` is the command line."""
 
-from densityrm_dagster.cli import main
+from densityrm_dagster.commands.main import main
 
 main()

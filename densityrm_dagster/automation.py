@@ -9,6 +9,7 @@ from dagster._core.definitions.unresolved_asset_job_definition import Unresolved
 
 from densityrm_core.experiment import Experiment
 from densityrm_dagster.freshness import changed_sources
+from densityrm_dagster.groups import per_seed_assets
 
 _MONDAY = "0 3 * * 1"
 
@@ -71,15 +72,8 @@ def weekly_schedule(experiment: Experiment, job: UnresolvedAssetJobDefinition) -
             yield dg.RunRequest(
                 run_key=f"{day}-{seed}",
                 partition_key=str(seed),
-                asset_selection=None if number == 0 else per_seed_assets(experiment),
+                asset_selection=None if number == 0 else [dg.AssetKey(name) for name in per_seed_assets(experiment)],
                 tags={"dagster/priority": str(-number)},
             )
 
     return weekly_experiment
-
-
-def per_seed_assets(experiment: Experiment) -> list[dg.AssetKey]:
-    """What a further seed adds to an experiment whose data are prepared."""
-    arms = [f"grpo_{arm}" for arm in experiment.arms]
-    evaluated = ["rm_evaluation", "policy_evaluation", "policy_curves", "policy_diversity", "hypothesis_report"]
-    return [dg.AssetKey(name) for name in ["rm_uniform", "rm_density", *arms, *evaluated]]

@@ -10,15 +10,16 @@ from densityrm_dagster.assets.evaluation import evaluation_assets
 from densityrm_dagster.assets.models import model_assets
 from densityrm_dagster.assets.pairs import pair_assets
 from densityrm_dagster.assets.policies import policy_assets
+from densityrm_dagster.assets.report import report_assets
 from densityrm_dagster.assets.reward_models import reward_model_assets
 from densityrm_dagster.automation import automation_sensor, source_sensor, weekly_schedule
 from densityrm_dagster.checks import density_checks
 from densityrm_dagster.io_managers import FolderIOManager, ParquetIOManager
 from densityrm_dagster.jobs import build_jobs
 from densityrm_dagster.launch import guarded_experiment
-from densityrm_dagster.mlflow_resource import MLflowTracker
 from densityrm_dagster.services import tracking_uri, urls
 from densityrm_dagster.terminal import terminal_logger
+from densityrm_dagster.tracking.mirror import MLflowTracker
 
 
 def build_definitions(experiment: Experiment, root: Path | None = None) -> dg.Definitions:
@@ -33,6 +34,7 @@ def build_definitions(experiment: Experiment, root: Path | None = None) -> dg.De
         *reward_model_assets(experiment),
         *policy_assets(experiment),
         *evaluation_assets(experiment, root / "raw" / "hub"),
+        *report_assets(experiment),
     ]
     jobs = build_jobs(experiment)
     return dg.Definitions(

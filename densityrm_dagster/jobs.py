@@ -4,13 +4,13 @@ import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition  # its return type
 
 from densityrm_core.experiment import Experiment
+from densityrm_dagster.groups import OF_POLICIES, arms
 
 
 def build_jobs(experiment: Experiment) -> dict[str, UnresolvedAssetJobDefinition]:
     """prepare_data, train_reward_models, train_policies and run_experiment, by name."""
     groups = dg.AssetSelection.groups
-    evaluated = ("policy_evaluation", "policy_curves", "policy_diversity")
-    policies = dg.AssetSelection.assets(*(f"grpo_{arm}" for arm in experiment.arms), *evaluated)
+    policies = dg.AssetSelection.assets(*arms(experiment), *OF_POLICIES)
     return {
         job.name: job
         for job in (

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, create_model
 from densityrm_core.experiment import Experiment, describe
 from densityrm_core.processes import exit_with_parent
 from densityrm_core.settings import Settings
+from densityrm_dagster.groups import REWARD_MODELS, arms
 
 S = TypeVar("S", bound=Settings)
 
@@ -34,10 +35,8 @@ def guarded_experiment(experiment: Experiment) -> dg.ResourceDefinition:
     """The experiment as a resource that refuses a run whose launch config has a bad value, before any step computes."""
     sections = {
         "base_model": experiment.base_model,
-        "rm_uniform": experiment.reward_model,
-        "rm_density": experiment.reward_model,
-        "rm_judge": experiment.reward_model,
-        **{f"grpo_{arm}": experiment.grpo for arm in experiment.arms},
+        **dict.fromkeys((*REWARD_MODELS, "rm_judge"), experiment.reward_model),
+        **dict.fromkeys(arms(experiment), experiment.grpo),
     }
 
     def check_and_give(context: dg.InitResourceContext) -> Experiment:

@@ -13,14 +13,14 @@ from densityrm_core.pairs.prompts import unique_prompts
 from densityrm_core.tables import DENSITY_WEIGHTS, PAIR_WEIGHTS, PROMPT_EMBEDDINGS, PROMPTS
 from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content
-from densityrm_dagster.cards import density_metadata
+from densityrm_dagster.cards.density import density_metadata
 from densityrm_dagster.failures import clear_failures
 from densityrm_dagster.freshness import version
 from densityrm_dagster.io_managers import TABLE, ParquetIOManager
 from densityrm_dagster.metadata import markdown_table, plot, same_columns, table_output
-from densityrm_dagster.mlflow_resource import DENSITIES, MirroredRun, MLflowTracker
 from densityrm_dagster.terminal import counted
-from densityrm_dagster.tracking import record_hardware, set_up_torch, tags_of
+from densityrm_dagster.tracking.mirror import DENSITIES, MirroredRun, MLflowTracker
+from densityrm_dagster.tracking.training import record_hardware, set_up_torch, tags_of
 
 if TYPE_CHECKING:
     from densityrm_core.density.weighing import Points, Weighing

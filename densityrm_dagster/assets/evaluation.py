@@ -14,21 +14,21 @@ from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content
 from densityrm_dagster.failures import clear_failures
 from densityrm_dagster.freshness import version
-from densityrm_dagster.io_managers import TABLE, FolderIOManager
-from densityrm_dagster.metadata import folder_output, same_columns, table_output
+from densityrm_dagster.groups import REWARD_MODELS, arms
+from densityrm_dagster.io_managers import TABLE
+from densityrm_dagster.metadata import same_columns, table_output
 from densityrm_dagster.partitions import seed_of, seed_partitions
 from densityrm_dagster.terminal import counted
-from densityrm_dagster.tracking import set_up_torch
+from densityrm_dagster.tracking.training import set_up_torch
 
 _COMMON = {"group_name": "evaluation", "owners": OWNERS, "automation_condition": on_new_content()}
 _TABLES = {n: dg.AssetIn(input_manager_key="tables") for n in ("preference_pairs", "density_weights", "pair_weights")}
-_REWARD_MODELS = ("rm_uniform", "rm_density")
 
 
 def evaluation_assets(experiment: Experiment, downloads: Path) -> list[dg.AssetsDefinition]:
     """The assets of this group; sets from the hub are kept under `downloads`."""
     of_policies = [build(experiment) for build in (_policy_evaluation, _policy_curves, _policy_diversity)]
-    return [_rm_evaluation(experiment, downloads), *of_policies, _hypothesis_report(experiment)]
+    return [_rm_evaluation(experiment, downloads), *of_policies]
 
 
 def _rm_evaluation(experiment: Experiment, downloads: Path) -> dg.AssetsDefinition:
@@ -56,7 +56,7 @@ def _rm_evaluation(experiment: Experiment, downloads: Path) -> dg.AssetsDefiniti
         from densityrm_core.hardware import pick_device
         from densityrm_core.models.folders import common_precision
         from densityrm_core.tables import with_key
-        from densityrm_dagster.rm_card import measurements
+        from densityrm_dagster.cards.reward_models import measurements
 
         set_up_torch(experiment.compute)
         device, made_by = pick_device(experiment.compute.device), dict.fromkeys((rm_uniform, rm_density), experiment.reward_model)
@@ -67,7 +67,7 @@ def _rm_evaluation(experiment: Experiment, downloads: Path) -> dg.AssetsDefiniti
             exam = exam_pairs(preference_pairs, pair_weights, [found.pairs for found in sets])
             answers = {
                 name: evaluate_reward_model(folder, exam, device, counted(context.log.info, f"pairs scored by {name}"))
-                for name, folder in zip(_REWARD_MODELS, made_by, strict=True)
+                for name, folder in zip(REWARD_MODELS, made_by, strict=True)
             }
             baselines = {name: evaluate_baseline(it, exam) for name, it in fit_baselines(preference_pairs).items()}
         rows = pl.concat(
@@ -111,14 +111,14 @@ def _policy_evaluation(experiment: Experiment) -> dg.AssetsDefinition:
         from densityrm_core.models.folders import common_precision
         from densityrm_core.policies.questions import held_out_prompts
         from densityrm_core.tables import with_key
-        from densityrm_dagster.policy_evaluation_card import evaluation_card
+        from densityrm_dagster.cards.policies import evaluation_card
 
         set_up_torch(experiment.compute)
         device, settings = pick_device(experiment.compute.device), (experiment.evaluation, experiment.grpo)
         asked = held_out_prompts(preference_pairs, density_weights, experiment.evaluation.prompts)
         with clear_failures():
             precision = common_precision(folder.values())
-            reward_models, judge = {name: folder[name] for name in _REWARD_MODELS}, load_judge(folder["rm_judge"], device)
+            reward_models, judge = {name: folder[name] for name in REWARD_MODELS}, load_judge(folder["rm_judge"], device)
             exam = open_exam(folder["base_model"], reward_models, asked, judge, settings, seed_of(context), device)
             answers = evaluate_policies({arm: folder[f"grpo_{arm}"] for arm in experiment.arms}, exam, context.log.info)
         key = _key(context, experiment, folder) | {"precision": precision}
@@ -151,7 +151,7 @@ def _policy_curves(experiment: Experiment) -> dg.AssetsDefinition:
         from densityrm_core.evaluation.judge import load_judge
         from densityrm_core.hardware import pick_device
         from densityrm_core.tables import with_key
-        from densityrm_dagster.policy_evaluation_card import curves_card
+        from densityrm_dagster.cards.policies import curves_card
 
         set_up_torch(experiment.compute)
         contexts = preference_pairs.filter(pl.col("split") == "validation").select("prompt_id", "context").collect()
@@ -183,7 +183,7 @@ def _policy_diversity(experiment: Experiment) -> dg.AssetsDefinition:
         from densityrm_core.evaluation.diversity import measure_diversity
         from densityrm_core.hardware import pick_device
         from densityrm_core.vectors.encoders import encoder_of_texts
-        from densityrm_dagster.policy_evaluation_card import diversity_card
+        from densityrm_dagster.cards.policies import diversity_card
 
         set_up_torch(experiment.compute)
         compute = experiment.compute
@@ -203,57 +203,16 @@ def _policy_diversity(experiment: Experiment) -> dg.AssetsDefinition:
     return policy_diversity
 
 
-def _hypothesis_report(experiment: Experiment) -> dg.AssetsDefinition:
-    read = ("rm_evaluation", "policy_evaluation", "policy_curves", "policy_diversity")
-
-    @dg.asset(
-        **_COMMON,
-        code_version=version(4, experiment.fingerprint),
-        kinds={"markdown"},
-        io_manager_key="reports",
-        ins={name: dg.AssetIn(input_manager_key="tables") for name in read},
-    )
-    def hypothesis_report(
-        context: dg.AssetExecutionContext,
-        rm_evaluation: pl.DataFrame,
-        policy_evaluation: pl.DataFrame,
-        policy_curves: pl.DataFrame,
-        policy_diversity: pl.DataFrame,
-        experiment: dg.ResourceParam[Experiment],
-        reports: dg.ResourceParam[FolderIOManager],
-    ) -> dg.Output[Path]:
-        """The verdict: does sampling by 1/density make a better reward model, and a better policy?"""
-        from densityrm_core.report.verdict import PolicyResults, build_report
-
-        policies = PolicyResults(policy_evaluation, policy_curves, policy_diversity)
-        with clear_failures():
-            report = build_report(experiment, rm_evaluation, policies)
-        folder = reports.stage(context)
-        report.write(folder)
-        context.log.info(f"report.md, report.json and {len(report.figures)} figures written")
-        return folder_output(folder, {"report": dg.MetadataValue.md(report.embedded()), **_headline(report.table)})
-
-    return hypothesis_report
-
-
-def _headline(table: dict[str, Any]) -> dict[str, Any]:
-    """The verdict without opening the report: in words, and as numbers that Dagster plots from run to run."""
-    claims = {"reward_model": "rare_accuracy_gain_percent", "policy": "judge_reward_gain"}
-    gains = {name: table[part]["difference"]["mean"] for part, name in claims.items() if table[part]["difference"]}
-    sentences = {f"{part}_verdict": table[part]["sentence"] for part in claims}
-    return {"verdict": table["verdict"], **sentences, **gains}
-
-
 def _folders(experiment: Experiment) -> dict[str, dg.AssetIn]:
     """The folders of a seed that a table on policies is made from."""
-    names = ("base_model", "rm_judge", *_REWARD_MODELS, *(f"grpo_{arm}" for arm in experiment.arms))
+    names = ("base_model", "rm_judge", *REWARD_MODELS, *arms(experiment))
     return {name: dg.AssetIn(input_manager_key="folders") for name in names}
 
 
 def _key(context: dg.AssetExecutionContext, experiment: Experiment, folder: Mapping[str, Path]) -> dict[str, Any]:
     """Seed and fingerprint of a table on policies, made from `_folders`."""
     made_by: dict[Path, Settings] = {folder["base_model"]: experiment.base_model}
-    made_by |= {folder[name]: experiment.reward_model for name in _REWARD_MODELS}
+    made_by |= {folder[name]: experiment.reward_model for name in REWARD_MODELS}
     made_by |= {folder[f"grpo_{arm}"]: experiment.grpo for arm in experiment.arms}
     return {"seed": seed_of(context), "fingerprint": _fingerprint(context, experiment, made_by)}
 

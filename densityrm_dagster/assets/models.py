@@ -13,8 +13,8 @@ from densityrm_dagster.freshness import version
 from densityrm_dagster.io_managers import FolderIOManager
 from densityrm_dagster.launch import chosen, launch_config
 from densityrm_dagster.metadata import folder_output
-from densityrm_dagster.mlflow_resource import POLICIES, REWARD_MODELS, MLflowTracker
-from densityrm_dagster.tracking import tracked
+from densityrm_dagster.tracking.mirror import POLICIES, REWARD_MODELS, MLflowTracker
+from densityrm_dagster.tracking.training import tracked
 
 _COMMON = {"group_name": "models", "owners": OWNERS, "io_manager_key": "folders"}
 _PAIRS = dg.AssetIn(input_manager_key="tables")

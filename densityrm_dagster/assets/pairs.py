@@ -14,19 +14,14 @@ from densityrm_core.storage import Stored
 from densityrm_core.tables import PREFERENCE_PAIRS, REJECTS, SOURCE_PAIRS, Table
 from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content, weekly
-from densityrm_dagster.cards import data_card, files_card, knobs_card, overlap_card, reasons_card, reasons_in_words
+from densityrm_dagster.cards.pairs import data_card, files_card, knobs_card, overlap_card, reasons_card, reasons_in_words
 from densityrm_dagster.failures import clear_failures
 from densityrm_dagster.freshness import STAMP, stamp_of, version
+from densityrm_dagster.groups import SOURCES
 from densityrm_dagster.io_managers import TABLE, ParquetIOManager
 from densityrm_dagster.metadata import markdown_table, table_output
 from densityrm_dagster.terminal import progress
 
-SOURCES = {
-    "hh_rlhf": "HH-RLHF",
-    "ultrafeedback": "UltraFeedback",
-    "stack_exchange": "Stack Exchange",
-    "nanochat": "nanochat",
-}
 _LEAK = 0.01  # share of test prompts with a near twin in the training split from which on a warning is due
 
 

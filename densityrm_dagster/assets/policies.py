@@ -11,16 +11,16 @@ from densityrm_core.arms import ARMS, Arm
 from densityrm_core.experiment import Experiment
 from densityrm_dagster.assets import OWNERS
 from densityrm_dagster.automation import on_new_content
+from densityrm_dagster.cards.policies import before_and_after
+from densityrm_dagster.cards.reward_models import settings_table
 from densityrm_dagster.failures import clear_failures
 from densityrm_dagster.freshness import version
 from densityrm_dagster.io_managers import FolderIOManager
 from densityrm_dagster.launch import chosen, launch_config
 from densityrm_dagster.metadata import folder_output
-from densityrm_dagster.mlflow_resource import POLICIES, MLflowTracker
 from densityrm_dagster.partitions import seed_of, seed_partitions
-from densityrm_dagster.policy_card import before_and_after
-from densityrm_dagster.rm_card import settings_table
-from densityrm_dagster.tracking import tracked
+from densityrm_dagster.tracking.mirror import POLICIES, MLflowTracker
+from densityrm_dagster.tracking.training import tracked
 
 
 def policy_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:

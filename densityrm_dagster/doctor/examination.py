@@ -57,7 +57,7 @@ def examine(experiment: Experiment, root: Path, probe: bool = True) -> Examinati
         probe: whether to estimate the time by some work.
     """
     from densityrm_dagster.doctor import machine, room
-    from densityrm_dagster.tracking import set_up_torch
+    from densityrm_dagster.tracking.training import set_up_torch
 
     set_up_torch(experiment.compute)
     made = root / experiment.name / "models" / "base_model"

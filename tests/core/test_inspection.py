@@ -228,7 +228,7 @@ def test_no_line_is_wider_than_the_terminal(text: str) -> None:
 
 @pytest.fixture
 def cli(folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> typer.Typer:
-    from densityrm_dagster.cli_data import inspect
+    from densityrm_dagster.commands.tables import inspect
 
     home = tmp_path_factory.mktemp("home")
     (home / "planted").mkdir()

@@ -365,7 +365,7 @@ def test_check_counts_what_the_source_would_give(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cli(tables: Path, monkeypatch: pytest.MonkeyPatch) -> typer.Typer:
-    from densityrm_dagster.cli_data import export_nanochat, import_nanochat
+    from densityrm_dagster.commands.tables import export_nanochat, import_nanochat
 
     (tables.parent / "home" / "planted").mkdir(parents=True)
     tables.rename(tables.parent / "home" / "planted" / "tables")

@@ -3,7 +3,7 @@
 from mlflow import MlflowClient
 
 from densityrm_core.models.folders import read_card
-from densityrm_dagster.mlflow_resource import POLICIES
+from densityrm_dagster.tracking.mirror import POLICIES
 
 from .conftest import Run
 

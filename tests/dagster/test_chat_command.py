@@ -7,8 +7,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from densityrm_dagster.cli import app
-from densityrm_dagster.talk import labels
+from densityrm_dagster.commands.main import app
+from densityrm_dagster.commands.talk import labels
 
 from ..core.tiny_models import TEXTS, tiny_language_model, tiny_reward_model
 

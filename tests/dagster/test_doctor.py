@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from densityrm_core import hardware
 from densityrm_core.experiment import Experiment
 from densityrm_core.models.folders import CARD
-from densityrm_dagster import cli
-from densityrm_dagster.cli_doctor import warn
+from densityrm_dagster.commands import main as cli
+from densityrm_dagster.commands.doctor import warn
 from densityrm_dagster.doctor.examination import examine, warnings
 from densityrm_dagster.doctor.lines import Line
 from densityrm_dagster.doctor.versions import versions
@@ -227,8 +227,11 @@ def test_a_broken_experiment_file_is_one_message_and_exit_code_2(
 
 def test_what_is_checked_before_a_run_loads_no_heavy_library():
     program = (
-        "import sys; from densityrm_dagster.cli_doctor import warn; from densityrm_core.experiment import home, load_experiment\n"
-        "warn(load_experiment(), home()); assert not {'torch', 'transformers', 'faiss', 'mlflow'} & set(sys.modules)"
+        "import sys\n"
+        "from densityrm_core.experiment import home, load_experiment\n"
+        "from densityrm_dagster.commands.doctor import warn\n"
+        "warn(load_experiment(), home())\n"
+        "assert not {'torch', 'transformers', 'faiss', 'mlflow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)  # noqa: S603  our own program
 

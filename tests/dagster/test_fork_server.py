@@ -6,7 +6,7 @@ from multiprocessing import forkserver
 
 import pytest
 
-from densityrm_dagster.run import renew_fork_server
+from densityrm_dagster.commands.run import renew_fork_server
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import dagster as dg
 import pytest
 from mlflow import MlflowClient
 
-from densityrm_dagster.mlflow_resource import REWARD_MODELS, MLflowTracker
+from densityrm_dagster.tracking.mirror import REWARD_MODELS, MLflowTracker
 
 from .conftest import Run
 

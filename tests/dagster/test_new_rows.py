@@ -11,8 +11,9 @@ import pytest
 
 from densityrm_core.experiment import Experiment
 from densityrm_dagster.build import build_definitions
+from densityrm_dagster.commands.run import stored_under
 from densityrm_dagster.freshness import changed_sources, outdated
-from densityrm_dagster.run import data_assets, stored_under
+from densityrm_dagster.groups import data_assets
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from densityrm_core.experiment import Experiment
 from densityrm_core.reward_models.scoring import load_scorer
 from densityrm_dagster.build import build_definitions
 from densityrm_dagster.metadata import folder_hash
-from densityrm_dagster.mlflow_resource import REWARD_MODELS, MLflowTracker
-from densityrm_dagster.registry import RegistryError, register_reward_model, registered_folder
 from densityrm_dagster.services import tracking_uri
+from densityrm_dagster.tracking.mirror import REWARD_MODELS, MLflowTracker
+from densityrm_dagster.tracking.registry import RegistryError, register_reward_model, registered_folder
 
 from ..core.tiny_models import tiny_reward_model
 from .conftest import TINY, Run

@@ -10,7 +10,7 @@ from densityrm_core import tables
 from densityrm_core.evaluation.reward_models import evaluate_baseline
 from densityrm_core.evaluation.sets import read_set
 from densityrm_core.tables import with_key
-from densityrm_dagster.rm_card import measurements
+from densityrm_dagster.cards.reward_models import measurements
 
 ROW = {"prompt": "Hi?", "chosen": "Hello.", "rejected": "Go."}
 

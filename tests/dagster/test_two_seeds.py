@@ -3,7 +3,7 @@
 import dagster as dg
 from mlflow import MlflowClient
 
-from densityrm_dagster.mlflow_resource import REWARD_MODELS
+from densityrm_dagster.tracking.mirror import REWARD_MODELS
 
 from .conftest import Run
 

@@ -11,10 +11,10 @@ from dagster._core.errors import DagsterExecutionInterruptedError  # what Ctrl-C
 
 from densityrm_core.experiment import Experiment, ExperimentError, home, load_experiment
 from densityrm_core.files import lock
-from densityrm_dagster.cli_chat import chat
-from densityrm_dagster.cli_data import explain, export_nanochat, import_nanochat, inspect
-from densityrm_dagster.cli_doctor import doctor, warn
-from densityrm_dagster.cli_score import score
+from densityrm_dagster.commands.chat import chat
+from densityrm_dagster.commands.doctor import doctor, warn
+from densityrm_dagster.commands.score import score
+from densityrm_dagster.commands.tables import explain, export_nanochat, import_nanochat, inspect
 from densityrm_dagster.services import prepare_home
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Does sampling preference pairs by 1/density help?")
@@ -46,7 +46,7 @@ def demo() -> None:
 def read() -> None:
     """Read the raw rows into pairs and prompts, without embedding or training anything, and print what became of them."""
     experiment, root = load_experiment(), home()
-    from densityrm_dagster.run import data_assets
+    from densityrm_dagster.groups import data_assets
 
     _materialize(experiment, root, experiment.seeds[:1], data_assets())
     print(f"tables   {root / experiment.name / 'tables'}\nlook     densityrm inspect")
@@ -56,10 +56,10 @@ def read() -> None:
 def reward_models() -> None:
     """Train and evaluate both reward models for every seed, without policies, and print what the test split says of them."""
     experiment, root, started = load_experiment(), home(), time.monotonic()
-    from densityrm_dagster.run import reward_model_steps
+    from densityrm_dagster.groups import reward_model_steps
 
     _materialize(experiment, root, experiment.seeds, reward_model_steps())
-    from densityrm_dagster.rm_card import evaluation_text
+    from densityrm_dagster.cards.reward_models import evaluation_text
 
     print(evaluation_text(root / experiment.name / "tables" / "rm_evaluation", experiment))
     print(f"took     {(time.monotonic() - started) / 60:.1f} minutes")
@@ -73,7 +73,7 @@ def _materialize(experiment: Experiment, root: Path, seeds: Sequence[int], only:
         raise typer.Exit(1)
     warn(experiment, root)
     prepare_home(root, experiment.name)
-    from densityrm_dagster.run import RunFailedError, describe_sources, run_experiment
+    from densityrm_dagster.commands.run import RunFailedError, describe_sources, run_experiment
 
     print(f"experiment {experiment.name}, seeds {', '.join(map(str, seeds))}, state in {root}\n", file=sys.stderr)
     try:
@@ -94,7 +94,7 @@ def _materialize(experiment: Experiment, root: Path, seeds: Sequence[int], only:
 def up() -> None:
     """Start the Dagster interface with its daemon, and the MLflow interface, on loopback; Ctrl-C stops all."""
     in_use = prepare_home(home(), load_experiment().name)
-    from densityrm_dagster.servers import serve
+    from densityrm_dagster.commands.servers import serve
 
     raise typer.Exit(serve(home(), in_use))
 

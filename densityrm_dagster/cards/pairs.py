@@ -11,11 +11,10 @@ from densityrm_core.storage import Stored
 from densityrm_dagster.metadata import markdown_table, plot
 
 if TYPE_CHECKING:
-    from densityrm_core.density.card import DensityCard
+    pass
 
 _CARD_COLUMNS = ["prompt_id", "prompt", "context", "chosen", "rejected", "src"]
 _FILES_SHOWN = 50
-_SENTENCE = 160  # characters of a cell that is read
 
 
 def data_card(pairs: Stored) -> dict[str, Any]:
@@ -34,25 +33,6 @@ def data_card(pairs: Stored) -> dict[str, Any]:
         "data_card": dg.MetadataValue.md(card.markdown()),
         "lengths": plot(data_plots.length_histogram(card)),
         "pairs_per_prompt": plot(data_plots.pairs_per_prompt(card)),
-    }
-
-
-def density_metadata(card: "DensityCard", weights: pl.DataFrame, picture: bytes) -> dict[str, Any]:
-    """The card of the weights: warnings first, then who is rare, how unevenly prompts are drawn, and the original beside it."""
-    from densityrm_core.density import plots
-
-    warnings = "\n".join(f"- {warning}" for warning in card.warnings) or "none"
-    original = f"{card.agreement}\n\n{markdown_table(card.favourites)}\n\n{markdown_table(card.checklist, _SENTENCE)}"
-    return {
-        "warnings": dg.MetadataValue.md(warnings),
-        **card.numbers,
-        "map": plot(picture),
-        "histogram": plot(plots.weight_histogram(weights)),
-        "lorenz": plot(plots.lorenz_curve(weights)),
-        "rarest": dg.MetadataValue.md(markdown_table(card.rarest, _SENTENCE)),
-        "commonest": dg.MetadataValue.md(markdown_table(card.commonest, _SENTENCE)),
-        "by_source": dg.MetadataValue.md(markdown_table(card.by_source)),
-        "the_original": dg.MetadataValue.md(original),
     }
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import dagster as dg
 
 from densityrm_core.experiment import Experiment
-from densityrm_dagster.assets.pairs import SOURCES
 from densityrm_dagster.freshness import Exists, changed_sources, outdated
+from densityrm_dagster.groups import SOURCES, data_assets
 from densityrm_dagster.reaper import PROCESS, this_process
 
 # What most steps would load for themselves: the assets, the instance's storage, what draws; then what trains and is tracked
@@ -36,18 +36,6 @@ class RunFailedError(Exception):
     def __init__(self, reasons: list[str]) -> None:
         super().__init__("; ".join(reasons))
         self.reasons = reasons
-
-
-def data_assets() -> frozenset[str]:
-    """The assets from raw rows to prompts."""
-    tables = [f"{name}_{table}" for name in SOURCES for table in ("pairs", "rejects")]
-    return frozenset([*tables, "preference_pairs", "preference_rejects", "prompts"])
-
-
-def reward_model_steps() -> frozenset[str]:
-    """The assets from raw rows to the evaluation of the reward models, without policies and their judge."""
-    weighing = ("prompt_embeddings", "density_weights", "pair_weights")
-    return data_assets().union(weighing, ("base_model", "rm_uniform", "rm_density", "rm_evaluation"))
 
 
 def run_experiment_job() -> dg.JobDefinition:

@@ -43,7 +43,7 @@ def explain(prompt: Annotated[str, typer.Argument(help="id of a prompt, or a tex
     """Show why a prompt weighs what it weighs: its neighbours, distances, density, decile, and how often it is drawn."""
     with _one_line_errors():
         from densityrm_core.density.explain import explain, explanation_text
-        from densityrm_dagster.tracking import set_up_torch
+        from densityrm_dagster.tracking.training import set_up_torch
 
         experiment = load_experiment()
         set_up_torch(experiment.compute)

@@ -14,9 +14,9 @@ import typer
 
 from densityrm_core.experiment import home, load_experiment
 from densityrm_core.files import replacing
-from densityrm_dagster.registry import RegistryError, registered_folder
 from densityrm_dagster.services import tracking_uri
 from densityrm_dagster.terminal import is_terminal
+from densityrm_dagster.tracking.registry import RegistryError, registered_folder
 
 if TYPE_CHECKING:
     from densityrm_core.reward_models.score_file import Tally
@@ -72,7 +72,7 @@ def ready_scorer(folder: Path) -> "Scorer":
     """The reward model in a folder, torch set up as the experiment says; what is to know of it is said."""
     from densityrm_core.hardware import pick_device
     from densityrm_core.reward_models.scoring import load_scorer
-    from densityrm_dagster.tracking import set_up_torch
+    from densityrm_dagster.tracking.training import set_up_torch
 
     compute = load_experiment().compute
     set_up_torch(compute)

@@ -11,7 +11,7 @@ from typing import Any
 import dagster as dg
 
 from densityrm_dagster.metadata import folder_hash
-from densityrm_dagster.mlflow_resource import MirroredRun
+from densityrm_dagster.tracking.mirror import MirroredRun
 
 _CODE = Path(__file__).with_name("reward_pyfunc.py")
 _WEIGHTS = "reward_model"  # as in reward_pyfunc.py

@@ -15,9 +15,9 @@ from densityrm_core.experiment import Experiment
 from densityrm_core.settings import ComputeSettings, Settings
 from densityrm_core.training import plots as training_plots
 from densityrm_dagster.metadata import plot
-from densityrm_dagster.mlflow_resource import MirroredRun, MLflowTracker
 from densityrm_dagster.partitions import partition_of
-from densityrm_dagster.registry import register_reward_model
+from densityrm_dagster.tracking.mirror import MirroredRun, MLflowTracker
+from densityrm_dagster.tracking.registry import register_reward_model
 
 if TYPE_CHECKING:
     from densityrm_core.training.loop import Plan

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from densityrm_core.experiment import home, load_experiment
-from densityrm_dagster.cli_score import one_line_errors, ready_scorer, reward_model_folder
-from densityrm_dagster.talk import Talk, labels, say
+from densityrm_dagster.commands.score import one_line_errors, ready_scorer, reward_model_folder
+from densityrm_dagster.commands.talk import Talk, labels, say
 from densityrm_dagster.terminal import is_terminal
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _reward_model(name: str | None) -> contextlib.AbstractContextManager[Path | 
 def _policy(folder: Path, max_new_tokens: int | None) -> "Policy":
     from densityrm_core.hardware import pick_device
     from densityrm_core.policies.chat import load_policy
-    from densityrm_dagster.tracking import set_up_torch
+    from densityrm_dagster.tracking.training import set_up_torch
 
     compute = load_experiment().compute
     set_up_torch(compute)

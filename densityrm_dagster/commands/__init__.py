@@ -1,0 +1,1 @@
+"""What a person types: `densityrm <command>`. Begin with `main`; `run` materializes the graph from the terminal."""

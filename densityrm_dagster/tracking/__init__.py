@@ -1,0 +1,1 @@
+"""Trainings as Dagster and MLflow see them. Begin with `training.tracked`; `mirror` is MLflow, `registry` its models."""
