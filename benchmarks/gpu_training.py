@@ -98,7 +98,7 @@ def flex(check: Check) -> Figures:
     torch.set_float32_matmul_precision("highest")  # FlexAttention's kernels read this too: no TF32
     kernel, given = "flex" if check.cuda else "flex_eager", random_pairs(6, 90, 120, 1)
     error: dict[str, dict[str, float]] = {}
-    for name, config in list(ARCHITECTURES.items())[: 1 if check.small else None]:  # tests/core/test_packing.py has all
+    for name, config in list(ARCHITECTURES.items())[: 1 if check.small else None]:  # tests/core/models/test_packing.py has all
         with attention_kernel("spans"):
             expected = _results(config, given, "cpu")
         with attention_kernel(kernel):
@@ -151,7 +151,7 @@ def _shapes(check: Check, kernel: Any) -> Figures:
 def compiled(check: Check) -> Figures:
     """torch.compile of the layers leaves the losses as they are; what it takes and what it saves.
 
-    Small, it is left out: on a CPU it takes half a minute, and tests/core/test_training_stack.py has it.
+    Small, it is left out: on a CPU it takes half a minute, and tests/core/training/test_training_stack.py has it.
     """
     if check.small:
         return {"skipped": "small"}

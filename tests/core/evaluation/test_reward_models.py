@@ -14,7 +14,7 @@ from densityrm_core.evaluation.reward_models import evaluate_baseline, evaluate_
 from densityrm_core.measurement.reward_models import checked
 from densityrm_core.tables import RM_EVALUATION
 
-from .tiny_models import tiny_reward_model
+from ..tiny_models import tiny_reward_model
 
 CONTEXT = [{"role": "user", "content": "Hi?"}]
 PAIRS = pl.DataFrame(

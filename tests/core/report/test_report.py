@@ -14,7 +14,7 @@ from densityrm_core.report.document import Report
 from densityrm_core.report.verdict import PolicyResults, ReportError, build_report
 from densityrm_core.tables import POLICY_EVALUATION, RM_EVALUATION
 
-from .policy_rows import curves_of, diversity_of
+from ..policy_rows import curves_of, diversity_of
 
 EXPERIMENT = Experiment.model_validate({"evaluation": {"bootstrap": 300}})
 FINGERPRINT = EXPERIMENT.fingerprint

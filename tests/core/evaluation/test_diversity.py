@@ -10,7 +10,7 @@ import pytest
 
 from densityrm_core.evaluation.diversity import distinct_n, measure_diversity, self_bleu, spreads, words
 
-from .policy_rows import evaluation
+from ..policy_rows import evaluation
 
 TEXTS = ["the cat sat on the mat", "the dog sat on a mat today", "no", "a cat sat on a mat .", "the the the the"]
 

@@ -18,7 +18,7 @@ from densityrm_core.models.folders import (
 from densityrm_core.models.tokens import Codec
 from densityrm_core.reward_models.scoring import load_scorer
 
-from .tiny_models import TEXTS, tiny_language_model, tiny_reward_model
+from ..tiny_models import TEXTS, tiny_language_model, tiny_reward_model
 
 # Closes the assistant's turn as Qwen's and SmolLM2's templates do: end-of-sequence, then a line break
 _LINE_BREAK_TEMPLATE = (

@@ -26,7 +26,7 @@ from densityrm_core.settings import EvaluationSettings, GrpoSettings
 from densityrm_core.streams import stream_seed
 from densityrm_core.tables import POLICY_EVALUATION, with_key
 
-from .tiny_models import tiny_language_model
+from ..tiny_models import tiny_language_model
 
 GRPO = GrpoSettings(max_new_tokens=6)
 

@@ -12,7 +12,7 @@ from densityrm_core.arrays import id_keys
 from densityrm_core.evaluation.baselines import fit_bag_of_words, fit_baselines
 from densityrm_core.streams import unit_intervals
 
-from .sources import read
+from ..small_sources import read
 
 
 def pairs(*rows: tuple[str, str], split: str = "train") -> pl.DataFrame:

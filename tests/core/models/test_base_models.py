@@ -24,7 +24,7 @@ from densityrm_core.models.tokens import CHAT_TEMPLATE, Codec
 from densityrm_core.settings import BaseModelSettings
 from densityrm_core.training.loop import Watch
 
-from .sources import read
+from ..small_sources import read
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

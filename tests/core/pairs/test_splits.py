@@ -12,7 +12,7 @@ from densityrm_core.pairs.splits import HELD_OUT, SPLITS, splits_of
 from densityrm_core.pairs.union import Union, unite_pairs
 from densityrm_core.settings import PairsSettings, SplitSettings
 
-from .sources import source
+from ..small_sources import source
 
 WORDS = [f"{a}{b}" for a in ("alpha", "beta", "gamma", "delta", "omega") for b in ("ron", "tic", "mar", "lus", "vek", "zor")]
 

@@ -13,8 +13,8 @@ from densityrm_core.planning.estimate import Estimate, Lengths, TooLargeError, U
 from densityrm_core.planning.needs import disk_needed, memory_needed, training_needed
 from densityrm_core.settings import BaseModelSettings
 
-from .test_base_models import write_gguf
-from .tiny_models import TEXTS, tiny_language_model
+from ..models.test_base_models import write_gguf
+from ..tiny_models import TEXTS, tiny_language_model
 
 NOWHERE = Path("nowhere")
 SMALL = Shape(width=32, layers=2, vocabulary=300, heads=1, key_value_heads=1, head_width=32, inner=96)

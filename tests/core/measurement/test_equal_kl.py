@@ -11,7 +11,7 @@ from densityrm_core.report.policy_plots import reward_against_kl
 from densityrm_core.report.policy_section import equal_kl_sentence
 from densityrm_core.tables import POLICY_CURVES
 
-from .policy_rows import curve
+from ..policy_rows import curve
 
 FAR = curve("a", [(0, 0.0, {"p": 0, "q": 0}), (10, 1.0, {"p": 1, "q": 2}), (20, 4.0, {"p": 3, "q": 2})])
 NEAR = curve("b", [(0, 0.0, {"p": 0, "q": 0}), (10, 2.25, {"p": 5, "q": 1})])

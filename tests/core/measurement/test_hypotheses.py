@@ -7,9 +7,9 @@ import polars as pl
 import pytest
 
 from densityrm_core.measurement import bootstrap
-from densityrm_core.measurement.bootstrap import Interval
+from densityrm_core.measurement.bootstrap import Interval, bootstrap_mean
 from densityrm_core.measurement.frames import bootstrap_column
-from densityrm_core.measurement.hypotheses import bootstrap_mean, relative_gain, verdict, verdict_sentence
+from densityrm_core.measurement.hypotheses import relative_gain, verdict, verdict_sentence
 
 
 def crossed(n_seeds: int, n_prompts: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from densityrm_core.models.packing import pack
 from densityrm_core.models.tokens import Codec
 from densityrm_core.policies.decoding import Decoding, choose, member_keys, points_at, prompt_keys
 from densityrm_core.policies.rollout import sample_completions
-from tests.core.test_packing import MODELS, language_model
+from tests.core.models.test_packing import MODELS, language_model
 from tests.core.tiny_models import tiny_language_model
 
 

@@ -13,7 +13,7 @@ from densityrm_core.sources import SourceName
 from densityrm_core.sources.planted import planted_file, planted_rows, write_raw
 from densityrm_core.sources.planted_world import CLOSINGS, OPENINGS, TOPICS, PlantedWorld
 
-from .sources import read as read_file
+from ..small_sources import read as read_file
 
 SMALL = PlantedSettings(hh_rows=400, ultrafeedback_rows=400, stack_exchange_questions=200)
 NAMES: tuple[SourceName, ...] = ("hh_rlhf", "ultrafeedback", "stack_exchange")

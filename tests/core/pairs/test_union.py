@@ -15,7 +15,7 @@ from densityrm_core.settings import PairsSettings, SplitSettings
 from densityrm_core.storage import read_frame, write_frame
 from densityrm_core.tables import SOURCE_PAIRS
 
-from .sources import source
+from ..small_sources import source
 
 A_X, A_Y = ("a", "x", "y"), ("a", "y", "x")  # one comparison, both answers
 

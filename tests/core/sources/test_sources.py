@@ -14,7 +14,7 @@ from densityrm_core.sources import SourceError, SourceName
 from densityrm_core.sources.stack_exchange import text_from_html
 from densityrm_core.tables import REJECTS, SOURCE_PAIRS
 
-from .sources import Read, read
+from ..small_sources import Read, read
 
 HH = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!", "rejected": "\n\nHuman: Hi\n\nAssistant: What?"}
 CODE_AND_LATEX = (

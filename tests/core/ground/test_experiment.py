@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from densityrm_core.experiment import Experiment, ExperimentError, load_experiment
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 
 
 def write(folder: Path, text: str) -> Path:

@@ -21,7 +21,7 @@ from densityrm_core.tables import (
 )
 from densityrm_core.training import plots as training_plots
 
-from .policy_rows import curves_of, diversity_of
+from ..policy_rows import curves_of, diversity_of
 
 LIMIT = 100 * 1024
 NO_RM = measure(RM_EVALUATION.empty(), 1)

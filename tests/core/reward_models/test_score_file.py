@@ -15,7 +15,7 @@ from densityrm_core.reward_models.score_file import Tally, score_rows
 from densityrm_core.reward_models.scoring import Scorer, load_scorer, score_pairs, tokenize_pairs
 from densityrm_core.sources.files import RawRow
 
-from .tiny_models import MAX_REPLY_TOKENS, TEXTS, tiny_language_model, tiny_reward_model
+from ..tiny_models import MAX_REPLY_TOKENS, TEXTS, tiny_language_model, tiny_reward_model
 
 
 @pytest.fixture(scope="module")

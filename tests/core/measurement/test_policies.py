@@ -11,7 +11,7 @@ from densityrm_core.measurement.frames import interval_of
 from densityrm_core.measurement.policies import measure, prompt_cells, win_rates
 from densityrm_core.tables import POLICY_DIVERSITY, POLICY_EVALUATION
 
-from .policy_rows import diversity_of, evaluation, samples
+from ..policy_rows import diversity_of, evaluation, samples
 
 NO_DIVERSITY = POLICY_DIVERSITY.empty()
 

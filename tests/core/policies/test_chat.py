@@ -14,7 +14,7 @@ from densityrm_core.policies.decoding import Decoding
 from densityrm_core.reward_models.scoring import ConversationError, load_scorer
 from densityrm_core.streams import stream_seed
 
-from .tiny_models import MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS, TEXTS, tiny_language_model, tiny_reward_model
+from ..tiny_models import MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS, TEXTS, tiny_language_model, tiny_reward_model
 
 DECODING = Decoding(max_new_tokens=6)
 
