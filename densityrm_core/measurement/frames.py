@@ -10,7 +10,7 @@ import polars as pl
 from densityrm_core.arrays import Doubles
 from densityrm_core.measurement.bootstrap import Interval, bootstrap_mean
 
-STRATA = {"all": (1, 2, 3, 4), "rare quartile": (1,), "common quartile": (4,)}  # quartiles of the density
+QUARTILES = {"all": (1, 2, 3, 4), "rare quartile": (1,), "common quartile": (4,)}  # quartiles of the density
 
 
 def bootstrap_column(frame: pl.DataFrame, column: str, resamples: int, seed: int = 0) -> Interval:
@@ -20,8 +20,8 @@ def bootstrap_column(frame: pl.DataFrame, column: str, resamples: int, seed: int
 
 
 def bootstrap_strata(frame: pl.DataFrame, column: str, n: int) -> dict[str, Interval | None]:
-    """`bootstrap_column` of every stratum of `STRATA`; None where it has no rows."""
-    parts = {name: frame.filter(pl.col("quartile").is_in(quartiles)) for name, quartiles in STRATA.items()}
+    """`bootstrap_column` of every stratum of `QUARTILES`; None where it has no rows."""
+    parts = {name: frame.filter(pl.col("quartile").is_in(quartiles)) for name, quartiles in QUARTILES.items()}
     return {name: bootstrap_column(part, column, n) if len(part) else None for name, part in parts.items()}
 
 

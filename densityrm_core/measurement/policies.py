@@ -14,19 +14,19 @@ import polars as pl
 from densityrm_core.arms import in_order, reward_model_of
 from densityrm_core.arrays import Doubles
 from densityrm_core.measurement.bootstrap import bootstrap_statistic
-from densityrm_core.measurement.frames import STRATA, ends, flat, pair_policies, reply_means, table
+from densityrm_core.measurement.frames import QUARTILES, ends, flat, pair_policies, reply_means, table
 
 OF_REPLIES = ("judge_reward", "own_reward", "kl", "tokens", "entropy")
 AGAINST_BASE = ("change", "wins", "judge_gain", "own_gain", "own_less_judge")
 OF_DIVERSITY = ("distinct_1", "distinct_2", "self_bleu", "spread", "spread_across")
-METRICS = (*OF_REPLIES, "greedy", *AGAINST_BASE, *OF_DIVERSITY)
+POLICY_METRICS = (*OF_REPLIES, "greedy", *AGAINST_BASE, *OF_DIVERSITY)
 
 _KEY = ("seed", "policy", "prompt_id")
 _MEASURED = {**dict.fromkeys(("by", "stratum", "policy", "metric"), pl.String()), "prompts": pl.Int64()}
 
 
 def measure(evaluation: pl.DataFrame, diversity: pl.DataFrame, resamples: int, deciles: bool = True) -> pl.DataFrame:
-    """Every metric of every policy, overall, in the strata of `statistics.STRATA` and by decile.
+    """Every metric of every policy, overall, in the strata of `statistics.QUARTILES` and by decile.
 
     Over the sampled completions of a prompt, then over prompts, then over seeds:
 
@@ -48,7 +48,7 @@ def measure(evaluation: pl.DataFrame, diversity: pl.DataFrame, resamples: int, d
         columns by ("all", "stratum", "decile"), stratum, policy, metric, prompts, mean, low, high; what is undefined is left out.
     """
     cells = prompt_cells(evaluation, diversity)
-    parts = [("stratum", name, cells.filter(pl.col("quartile").is_in(quartiles))) for name, quartiles in STRATA.items()]
+    parts = [("stratum", name, cells.filter(pl.col("quartile").is_in(quartiles))) for name, quartiles in QUARTILES.items()]
     if deciles:
         parts += [("decile", str(d), cells.filter(decile=d)) for d in sorted(cells["decile"].unique())]
     found = [
@@ -61,7 +61,7 @@ def measure(evaluation: pl.DataFrame, diversity: pl.DataFrame, resamples: int, d
 
 
 def prompt_cells(evaluation: pl.DataFrame, diversity: pl.DataFrame) -> pl.DataFrame:
-    """A row a seed, policy and prompt, with decile, quartile and METRICS before they are averaged; null where undefined."""
+    """A row a seed, policy and prompt: decile, quartile and POLICY_METRICS before they are averaged; null where undefined."""
     of_prompt = evaluation.select(*_KEY, "decile").unique(_KEY)
     greedy = evaluation.filter(pl.col("sample") == 0).select(*_KEY, greedy="judge_reward")
     cells = reply_means(evaluation).join(of_prompt, on=_KEY, how="left").join(greedy, on=_KEY, how="left")
@@ -74,7 +74,7 @@ def prompt_cells(evaluation: pl.DataFrame, diversity: pl.DataFrame) -> pl.DataFr
     ):
         cells = cells.join(frame, on=_KEY, how="left")
     gap = pl.col("own_gain") - pl.col("judge_gain")
-    return cells.with_columns(own_less_judge=gap).select(*_KEY, "decile", "quartile", *METRICS).sort(_KEY)
+    return cells.with_columns(own_less_judge=gap).select(*_KEY, "decile", "quartile", *POLICY_METRICS).sort(_KEY)
 
 
 def win_rates(evaluation: pl.DataFrame) -> pl.DataFrame:
@@ -119,7 +119,7 @@ def _measured(cells: pl.DataFrame, resamples: int) -> list[dict[str, object]]:
     """All metrics of all policies on the prompts of one stratum; every resample holds the same prompts for all of them."""
     policies = policies_of(cells)
     slots = cells["policy"].replace_strict(policies, range(len(policies)), return_dtype=pl.Int64).to_numpy()
-    values = cells.select(METRICS).to_numpy().astype(np.float64)
+    values = cells.select(POLICY_METRICS).to_numpy().astype(np.float64)
     known = ~np.isnan(values)
     columns = np.concatenate([np.where(known, values, 0.0), known], axis=1)
     prompts = cells["prompt_id"].rank("dense")
@@ -127,16 +127,16 @@ def _measured(cells: pl.DataFrame, resamples: int) -> list[dict[str, object]]:
     found: list[dict[str, object]] = []
     for i, policy in enumerate(policies):
         own = cells.filter(policy=policy)
-        for j, metric in enumerate(METRICS):
+        for j, metric in enumerate(POLICY_METRICS):
             if known[slots == i, j].any():
-                interval = drawn.interval(i * len(METRICS) + j)
+                interval = drawn.interval(i * len(POLICY_METRICS) + j)
                 count = own.filter(pl.col(metric).is_not_null())["prompt_id"].n_unique()
                 found.append({"policy": policy, "metric": metric, "prompts": count, **ends(interval)})
     return found
 
 
 def _means(sums: Doubles) -> Doubles:
-    """Mean of each metric of each policy from sums and counts, (..., policies, 2 METRICS) to (..., policies * METRICS)."""
+    """Mean of each metric of each policy from sums and counts, (..., policies, 2 metrics) to (..., policies * metrics)."""
     total, count = np.split(sums, 2, axis=-1)
     return flat(total / count, 2)
 

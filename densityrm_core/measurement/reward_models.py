@@ -27,7 +27,7 @@ NAMES = {  # in the order in which they are shown
 
 TEST_SPLIT = "test"  # the set that evaluations of reward models are about, unless said otherwise
 
-METRICS = (
+RM_METRICS = (
     "accuracy",
     "log_loss",
     "margin",
@@ -37,13 +37,13 @@ METRICS = (
     "reward_length",
     "margin_length",
 )
-STRATA = ("all", "quartile", "src", "decile")
+STRATIFIED_BY = ("all", "quartile", "src", "decile")
 
 _HALF = 5  # bins of the predicted probability in [1/2, 1]; as many mirror them in [0, 1/2]
 _MEASURED = {**dict.fromkeys(("by", "stratum", "model", "metric"), pl.String()), "pairs": pl.Int64()}
 
 
-def measure(rows: pl.DataFrame, resamples: int, strata: Sequence[str] = STRATA, name: str = TEST_SPLIT) -> pl.DataFrame:
+def measure(rows: pl.DataFrame, resamples: int, strata: Sequence[str] = STRATIFIED_BY, name: str = TEST_SPLIT) -> pl.DataFrame:
     """Every metric of every model on the set `name`, over all pairs and by `strata`, columns of RM_EVALUATION.
 
     With the margin m = reward_chosen - reward_rejected and the Bradley-Terry probability p = sigmoid(m) that chosen is preferred:
@@ -112,8 +112,8 @@ def _measured(frame: pl.DataFrame, resamples: int) -> list[dict[str, object]]:
     found: list[dict[str, object]] = []
     for i, model in enumerate(models):
         pairs = frame.filter(pl.col("model") == model)["pair_id"].n_unique()
-        for j, metric in enumerate(METRICS):
-            m = i * len(METRICS) + j
+        for j, metric in enumerate(RM_METRICS):
+            m = i * len(RM_METRICS) + j
             interval = drawn.distance_interval(m) if metric == "ece" else drawn.interval(m)
             found.append({"model": model, "metric": metric, "pairs": pairs, **ends(interval)})
     return found
@@ -132,7 +132,7 @@ def _columns(frame: pl.DataFrame) -> Doubles:
 
 
 def _metrics(sums: Doubles) -> Doubles:
-    """METRICS of each model from the sums of `_columns`, (..., models, K) to (..., models * METRICS)."""
+    """RM_METRICS of each model from the sums of `_columns`, (..., models, K) to (..., models * RM_METRICS)."""
     n, correct, loss, margin, n_short, short, n_long, long = np.moveaxis(sums[..., :8], -1, 0)
     ece = np.abs(sums[..., 8 : 8 + _HALF]).sum(-1) / n
     x, y, xx, yy, xy, aa, bb, ab = np.moveaxis(sums[..., 8 + _HALF :], -1, 0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turn = Mapping[str, str]
+Message = Mapping[str, str]
 
 # For tokenizers without a chat template of their own
 CHAT_TEMPLATE = (
@@ -33,7 +33,7 @@ class Codec:
         self.eos, self.pad = _id(tokenizer.eos_token_id), _id(tokenizer.pad_token_id)
         self.truncated = 0
 
-    def prompt(self, context: Sequence[Turn]) -> list[int]:
+    def prompt(self, context: Sequence[Message]) -> list[int]:
         """Ids of a context, its last `max_prompt_tokens`."""
         text = self.tokenizer.apply_chat_template([dict(turn) for turn in context], tokenize=False, add_generation_prompt=True)
         ids = self._encode(str(text))

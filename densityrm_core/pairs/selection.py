@@ -12,7 +12,7 @@ from densityrm_core.arrays import Codes, Keys, runs
 from densityrm_core.settings import PairsSettings
 from densityrm_core.streams import unit_intervals
 
-REASONS = {
+LEFT_OUT = {
     "long_prompt": "the prompt has more characters than pairs.max_prompt_chars",
     "small_score_gap": "the two scores lie closer than sources.<name>.min_score_gap",
     "source_weight": "sources.<name>.weight takes only a share of the source's prompts, and this is not one of them",
@@ -21,7 +21,7 @@ REASONS = {
     "over_prompt_cap": "the prompt has pairs.max_pairs_per_prompt pairs already",
 }
 KEPT = 0
-CODES = {reason: code for code, reason in enumerate(REASONS, start=1)}
+CODES = {reason: code for code, reason in enumerate(LEFT_OUT, start=1)}
 
 
 class Taken(NamedTuple):
@@ -33,7 +33,7 @@ class Taken(NamedTuple):
 
 
 def apply_knobs(batch: pl.DataFrame, ids: Keys, source: Taken, settings: PairsSettings) -> Codes:
-    """KEPT, or the code of the first of REASONS that holds, for every row of a batch of tables.SOURCE_PAIRS. Shape (rows,)."""
+    """KEPT, or the code of the first of LEFT_OUT that holds, for every row of a batch of tables.SOURCE_PAIRS. Shape (rows,)."""
     status = np.zeros(batch.height, dtype=np.uint8)
     if source.weight < 1:
         status[unit_intervals(ids, 0, "source weight") >= source.weight] = CODES["source_weight"]

@@ -16,7 +16,7 @@ import polars as pl
 
 from densityrm_core.arrays import id_keys, key_ids, same_key
 from densityrm_core.pairs.prompts import PromptIndex, PromptKeys, collided
-from densityrm_core.pairs.selection import CODES, KEPT, REASONS, Codes, Keys, Taken, apply_knobs, cap_prompts, vote
+from densityrm_core.pairs.selection import CODES, KEPT, LEFT_OUT, Codes, Keys, Taken, apply_knobs, cap_prompts, vote
 from densityrm_core.pairs.splits import HELD_OUT, SPLITS, Grouping, group_prompts, known_clusters, splits_of
 from densityrm_core.settings import PairsSettings, SplitSettings
 from densityrm_core.storage import Stored, batches, table_writer
@@ -54,7 +54,7 @@ def unite_pairs(
     """Write `out`/pairs.parquet and `out`/rejects.parquet: one row for each distinct comparison, each with its split.
 
     Two rows compare the same thing if context and the set of replies agree. The reply preferred more often wins and the first
-    such row is kept; where both are preferred equally often all rows are rejected (selection.REASONS has all reasons).
+    such row is kept; where both are preferred equally often all rows are rejected (selection.LEFT_OUT has all reasons).
 
     Args:
         previous: the table of pairs that this one will replace: its prompts keep their clusters, and so their splits.
@@ -159,7 +159,7 @@ def _second_pass(
                     )
                 )
                 rejects.write(_as_rejects(batch.filter(codes != KEPT), codes[codes != KEPT]))
-    counts = np.bincount(status, minlength=len(REASONS) + 1)
+    counts = np.bincount(status, minlength=len(LEFT_OUT) + 1)
     return Union(
         pairs=pairs.stored,
         rejects=rejects.stored,
@@ -173,7 +173,7 @@ def _second_pass(
 
 
 def _as_rejects(rows: pl.DataFrame, codes: Codes) -> pl.DataFrame:
-    names = ["", *REASONS]
+    names = ["", *LEFT_OUT]
     return rows.select(
         "src",
         "origin",

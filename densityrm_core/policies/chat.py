@@ -19,10 +19,10 @@ from densityrm_core.models.folders import (
     most_tokens,
     read_config,
 )
-from densityrm_core.models.tokens import CHAT_TEMPLATE, Codec, Turn
+from densityrm_core.models.tokens import CHAT_TEMPLATE, Codec, Message
 from densityrm_core.policies.decoding import Decoding
 from densityrm_core.policies.rollout import sample_completions
-from densityrm_core.reward_models.scoring import ConversationError, Scorer, prompt_ids
+from densityrm_core.reward_models.scoring import ConversationError, Scorer, context_ids
 from densityrm_core.streams import stream_seed
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ class Policy:
     ends: tuple[int, ...]  # tokens that end a reply, the usual one first
     notes: tuple[str, ...] = ()
 
-    def reply(self, context: Sequence[Turn], decoding: Decoding, seed: int) -> Reply:
+    def reply(self, context: Sequence[Message], decoding: Decoding, seed: int) -> Reply:
         """A reply to a context, the same for the same seed.
 
         Raises:
             ConversationError: the chat template does not take the context.
         """
-        prompt = prompt_ids(self.codec, context)
+        prompt = context_ids(self.codec, context)
         rollout = sample_completions(self.model, [prompt], self.ends[0], 1, decoding, seed)
         written = rollout.groups[0][0]
         length = next((place for place, token in enumerate(written) if token in self.ends), len(written))
@@ -74,7 +74,7 @@ class Conversation:
         """Args: seed, with the number of a question it decides all draws, the same for every policy."""
         self._policies, self._decodings, self._scorer = policies, decodings, scorer
         self._seed, self._asked = seed, 0
-        self._system: list[Turn] = []
+        self._system: list[Message] = []
         self.reset()
 
     def ask(self, text: str) -> list[Reply]:
@@ -89,14 +89,14 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget all turns but the system's."""
-        self._turns: list[list[Turn]] = [[] for _ in self._policies]
+        self._turns: list[list[Message]] = [[] for _ in self._policies]
 
     def instruct(self, text: str) -> None:
         """Set the turn of the system, which stands before all others; without text there is none."""
         self._system = [{"role": "system", "content": text}] if text else []
 
-    def _ask(self, text: str, before: list[list[Turn]]) -> list[Reply]:
-        asked: list[list[Turn]] = [[*turns, {"role": "user", "content": text}] for turns in before]
+    def _ask(self, text: str, before: list[list[Message]]) -> list[Reply]:
+        asked: list[list[Message]] = [[*turns, {"role": "user", "content": text}] for turns in before]
         seed = stream_seed(self._seed, "chat", self._asked)
         replies: list[Reply] = []
         for policy, decoding, turns in zip(self._policies, self._decodings, asked, strict=True):
@@ -106,7 +106,7 @@ class Conversation:
         self._asked += 1
         return replies
 
-    def _rewarded(self, context: Sequence[Turn], reply: Reply) -> Reply:
+    def _rewarded(self, context: Sequence[Message], reply: Reply) -> Reply:
         if self._scorer is None:
             return reply
         return Reply(reply.text, reply.finished, self._scorer.score([context], [reply.text])[0])

@@ -9,7 +9,7 @@ import polars as pl
 
 from densityrm_core.arrays import id_keys
 from densityrm_core.models.packing import Ids
-from densityrm_core.models.tokens import Codec, Turn
+from densityrm_core.models.tokens import Codec, Message
 from densityrm_core.streams import unit_intervals
 
 
@@ -17,7 +17,7 @@ from densityrm_core.streams import unit_intervals
 class Questions:
     """The prompts that may be asked: their turns, and their ids as the policy reads them."""
 
-    contexts: Sequence[Sequence[Turn]]
+    contexts: Sequence[Sequence[Message]]
     prompts: Sequence[Ids]
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from densityrm_core.models.folders import CARD, read_card
 from densityrm_core.models.packing import Ids
-from densityrm_core.models.tokens import Codec, Turn
+from densityrm_core.models.tokens import Codec, Message
 from densityrm_core.reward_models.scoring import Scorer, load_scorer, score_groups
 
-Context = Sequence[Turn]
+Context = Sequence[Message]
 RewardFunction = Callable[[Sequence[Context], Sequence[str]], Sequence[float]]
 SCALE = ("reward_mean", "reward_std")
 _LEAST_STD = 1e-6

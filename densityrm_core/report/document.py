@@ -56,7 +56,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Report:
+class Document:
     """A report in blocks, the same numbers as a JSON-able `table`, and what draws the figures, by file name."""
 
     blocks: tuple[Block, ...]

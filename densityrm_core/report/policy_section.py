@@ -10,7 +10,7 @@ from densityrm_core.arms import is_best_of
 from densityrm_core.measurement.bootstrap import Interval
 from densityrm_core.measurement.equal_kl import LEAST_KL, EqualKl, compare_at_equal_kl
 from densityrm_core.measurement.frames import bootstrap_strata, interval_of, pair_policies, reply_means
-from densityrm_core.measurement.policies import METRICS, measure, policies_of
+from densityrm_core.measurement.policies import POLICY_METRICS, measure, policies_of
 from densityrm_core.report import policy_plots, policy_tables
 from densityrm_core.report.document import Block, Drawing, Grid, Picture, Section, Text
 
@@ -105,7 +105,7 @@ def _arms(policies: pl.DataFrame, measured: pl.DataFrame) -> dict[str, dict[str,
     whole = measured.filter(by="all")
     arms: dict[str, dict[str, Any]] = {}
     for policy in policies_of(whole):
-        found = {metric: interval_of(whole, policy=policy, metric=metric) for metric in METRICS}
+        found = {metric: interval_of(whole, policy=policy, metric=metric) for metric in POLICY_METRICS}
         bare = {name: interval.mean if (interval := found[name]) else None for name in ("greedy", "own_reward", "kl", "tokens")}
         arms[policy] = {**found, **bare, "seeds": sorted(set(policies.filter(policy=policy)["seed"]))}
     return arms

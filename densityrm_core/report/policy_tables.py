@@ -9,7 +9,7 @@ import polars as pl
 from densityrm_core.arms import policy_title
 from densityrm_core.measurement.bootstrap import Interval
 from densityrm_core.measurement.equal_kl import EqualKl
-from densityrm_core.measurement.frames import STRATA, interval_of
+from densityrm_core.measurement.frames import QUARTILES, interval_of
 from densityrm_core.measurement.hypotheses import reward_spec
 from densityrm_core.measurement.policies import policies_of
 
@@ -55,10 +55,10 @@ def wins_by_stratum(measured: pl.DataFrame) -> pl.DataFrame:
     """Win rate against the base policy in % by stratum of the density. Reads `measure`."""
     title, wins = "wins against base, % [95 %]", measured.filter(metric="wins")
     rows = [
-        {title: name(policy), **{s: _shown(interval_of(wins, stratum=s, policy=policy), "%") for s in STRATA}}
+        {title: name(policy), **{s: _shown(interval_of(wins, stratum=s, policy=policy), "%") for s in QUARTILES}}
         for policy in policies_of(wins)
     ]
-    return _frame(rows, (title, *STRATA))
+    return _frame(rows, (title, *QUARTILES))
 
 
 def by_decile(measured: pl.DataFrame, metric: str = "judge_reward") -> pl.DataFrame:
@@ -85,7 +85,7 @@ def differences(found: Mapping[str, Mapping[str, Interval | None]], title: str, 
         {title: pair.upper().replace("-", " - "), **{stratum: _shown(i, "+" + spec) for stratum, i in strata.items()}}
         for pair, strata in found.items()
     ]
-    return _frame(rows, (title, *STRATA))
+    return _frame(rows, (title, *QUARTILES))
 
 
 def name(policy: str) -> str:

@@ -6,8 +6,8 @@ import polars as pl
 
 from densityrm_core.measurement.bootstrap import Interval
 from densityrm_core.measurement.comparison import agreement, measure_sets
-from densityrm_core.measurement.frames import STRATA, bootstrap_strata, interval_of, pair_models
-from densityrm_core.measurement.reward_models import METRICS, NAMES, measure, models_of, reliability
+from densityrm_core.measurement.frames import QUARTILES, bootstrap_strata, interval_of, pair_models
+from densityrm_core.measurement.reward_models import NAMES, RM_METRICS, measure, models_of, reliability
 from densityrm_core.report import reward_model_plots, reward_model_tables
 from densityrm_core.report.document import Drawing, Grid, Picture, Section, Text
 
@@ -32,7 +32,7 @@ def reward_model_section(rm: pl.DataFrame, n: int) -> Section:
         drawings["reliability.png"] = lambda: reward_model_plots.reliability_diagram(reliability(rm, n), measured)
     table = {
         "accuracy": accuracy,
-        "metrics": {m: {x: interval_of(measured, by="all", model=m, metric=x) for x in METRICS} for m in models},
+        "metrics": {m: {x: interval_of(measured, by="all", model=m, metric=x) for x in RM_METRICS} for m in models},
         "agreement": alike.to_dicts(),
         "sets": sets.to_dicts(),
     }
@@ -61,7 +61,7 @@ def _accuracy_grid(accuracy: dict[str, dict[str, Interval | None]]) -> Grid:
         (_ROWS[row], *("-" if i is None else format(i, "+.1f" if row == "difference" else ".1f") for i in strata.values()))
         for row, strata in accuracy.items()
     ]
-    return Grid(("accuracy, % of test pairs [95 %]", *STRATA), tuple(rows))
+    return Grid(("accuracy, % of test pairs [95 %]", *QUARTILES), tuple(rows))
 
 
 def _grids(measured: pl.DataFrame, alike: pl.DataFrame, sets: pl.DataFrame) -> list[Grid]:

@@ -12,7 +12,7 @@ from densityrm_core.arms import BEST_OF
 from densityrm_core.experiment import Experiment
 from densityrm_core.measurement.frames import reply_means
 from densityrm_core.measurement.hypotheses import Hypothesis, Verdict, policy_hypothesis, reward_model_hypothesis
-from densityrm_core.report.document import Report, Text, finite
+from densityrm_core.report.document import Document, Text, finite
 from densityrm_core.report.policy_section import policy_section
 from densityrm_core.report.reward_model_section import reward_model_section
 
@@ -30,7 +30,7 @@ class PolicyResults:
     diversity: pl.DataFrame
 
 
-def build_report(experiment: Experiment, rm: pl.DataFrame, policies: PolicyResults, notes: Sequence[str] = ()) -> Report:
+def build_report(experiment: Experiment, rm: pl.DataFrame, policies: PolicyResults, notes: Sequence[str] = ()) -> Document:
     """Answer the question of the experiment from rows of RM_EVALUATION and of what is known of policies.
 
     H1: accuracy of rm_density - rm_uniform on the rare quartile, paired by seed and test pair.
@@ -83,7 +83,7 @@ def build_report(experiment: Experiment, rm: pl.DataFrame, policies: PolicyResul
         *(Text(f"- {remark}") for remark in remarks),
         Text(_limits(experiment, sizes)),
     )
-    return Report(blocks, finite(table), {**of_rm.drawings, **of_policies.drawings})
+    return Document(blocks, finite(table), {**of_rm.drawings, **of_policies.drawings})
 
 
 def _own_rows(frame: pl.DataFrame, experiment: Experiment, kind: str = "", remarks: list[str] | None = None) -> pl.DataFrame:

@@ -22,7 +22,7 @@ from densityrm_core.models.folders import (
     read_config,
 )
 from densityrm_core.models.packing import Group, Ids, pack, rewards, split_by_tokens
-from densityrm_core.models.tokens import CHAT_TEMPLATE, Codec, Turn
+from densityrm_core.models.tokens import CHAT_TEMPLATE, Codec, Message
 
 Report = Callable[[int, int], None]  # groups that are scored, and all
 
@@ -88,13 +88,13 @@ class Scorer:
     codec: Codec
     notes: tuple[str, ...] = ()
 
-    def group(self, context: Sequence[Turn], replies: Sequence[str]) -> Group:
+    def group(self, context: Sequence[Message], replies: Sequence[str]) -> Group:
         """Ids of a context and of replies to it, as in training: a reply is text as given, closed by end-of-sequence.
 
         Raises:
             ConversationError: the chat template refuses the context, or makes no token of it.
         """
-        return prompt_ids(self.codec, context), [self.codec.reply(reply) for reply in replies]
+        return context_ids(self.codec, context), [self.codec.reply(reply) for reply in replies]
 
     def rewards(self, groups: Sequence[Group]) -> list[list[float]]:
         """Rewards of the replies of every group, in order; the same reply twice has the same reward to the last bit."""
@@ -105,13 +105,13 @@ class Scorer:
             found.append([first.setdefault(tuple(reply), reward) for reply, reward in zip(replies, flat, strict=False)])
         return found
 
-    def score(self, contexts: Sequence[Sequence[Turn]], replies: Sequence[str]) -> list[float]:
+    def score(self, contexts: Sequence[Sequence[Message]], replies: Sequence[str]) -> list[float]:
         """Reward of one reply to every context. Raises ConversationError."""
         groups = [self.group(context, [reply]) for context, reply in zip(contexts, replies, strict=True)]
         return [reward for (reward,) in self.rewards(groups)]
 
 
-def prompt_ids(codec: Codec, context: Sequence[Turn]) -> list[int]:
+def context_ids(codec: Codec, context: Sequence[Message]) -> list[int]:
     """Ids of a context that anyone may have written.
 
     Raises:

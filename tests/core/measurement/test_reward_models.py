@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 from densityrm_core.measurement.comparison import MEAN_OF_SUBSETS, agreement, measure_sets
 from densityrm_core.measurement.frames import interval_of
-from densityrm_core.measurement.reward_models import METRICS, RowsError, measure, reliability
+from densityrm_core.measurement.reward_models import RM_METRICS, RowsError, measure, reliability
 from densityrm_core.tables import RM_EVALUATION
 
 
@@ -115,7 +115,7 @@ def test_accuracy_where_the_shorter_reply_is_better_leaves_equal_lengths_out():
 
 def test_no_pair_of_unequal_lengths_leaves_length_bias_undefined():
     measured = measure(rows([1.0, -1.0, 0.5]), 50, ["all"])
-    assert [interval_of(measured, metric=m) for m in METRICS[4:]] == [None] * 4
+    assert [interval_of(measured, metric=m) for m in RM_METRICS[4:]] == [None] * 4
 
 
 def test_reward_and_length_correlate_as_spearman_says():

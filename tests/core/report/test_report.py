@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from densityrm_core.experiment import Experiment
-from densityrm_core.report.document import Report
+from densityrm_core.report.document import Document
 from densityrm_core.report.verdict import PolicyResults, ReportError, build_report
 from densityrm_core.tables import POLICY_EVALUATION, RM_EVALUATION
 
@@ -74,7 +74,7 @@ def policy_rows(gain: float, arms="abc", seeds=(0, 1, 2), base_seeds=(0, 1, 2)) 
 
 
 @cache
-def report_of_policies() -> Report:
+def report_of_policies() -> Document:
     """Of policies alone, arm B ahead of A."""
     return build_report(EXPERIMENT, NO_RM, policies(0.5))
 
