@@ -58,6 +58,7 @@ def test_no_other_code_asks_for_the_test_split(package: object):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and node.value == "test"
     }
-    measure = {"rm_rows.py", "rm_comparison.py", "rm_section.py", "statistics.py", "report.py"}
-    make, count = {"splits.py", "settings.py", "assets/pairs.py"}, {"estimate.py"}
-    assert naming - measure - make - count <= {"rm_evaluation.py", "evaluation.py"}
+    measure = {f"measurement/{name}.py" for name in ("comparison", "frames", "reward_models")}
+    measure |= {"report/reward_model_section.py", "report/verdict.py"}
+    make, count = {"pairs/splits.py", "settings.py", "assets/pairs.py"}, {"planning/estimate.py"}
+    assert naming - measure - make - count <= {"evaluation/reward_models.py", "policies/questions.py"}

@@ -140,7 +140,7 @@ def test_importing_the_module_does_not_import_matplotlib():
 
 def test_drawing_leaves_pyplot_alone():
     code = (
-        "import sys, densityrm_core.density.plots as p; from densityrm_core.tables import METRICS;"
+        "import sys, densityrm_core.training.plots as p; from densityrm_core.tables import METRICS;"
         "p.curves(METRICS.empty(), ['x'], 'y'); sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603
