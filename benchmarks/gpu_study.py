@@ -26,7 +26,7 @@ from densityrm_core.models.folders import load_codec, save_model
 from densityrm_core.pairs.prompts import unique_prompts
 from densityrm_core.pairs.selection import Taken
 from densityrm_core.pairs.union import unite_pairs
-from densityrm_core.reward_models.train import RewardModelTask, TrainedRewardModel, train_reward_model
+from densityrm_core.reward_models.train import WATCHED_PAIRS, RewardModelTask, TrainedRewardModel, train_reward_model
 from densityrm_core.sampling import uniform_weights
 from densityrm_core.settings import (
     PLANTED,
@@ -205,7 +205,7 @@ def _affordable(check: Check, base: Path, rows: _Rows, exam: pl.DataFrame, train
     started = time.monotonic()
     evaluate_reward_model(folder, exam, check.device)
     scoring = time.monotonic() - started
-    aside = max(0.0, whole - float(np.sum(np.diff(marks)))) + scoring * (1 + (_LOOKS - 1) * min(1.0, 512 / exam.height))
+    aside = max(0.0, whole - float(np.sum(np.diff(marks)))) + scoring * (1 + (_LOOKS - 1) * min(1.0, WATCHED_PAIRS / exam.height))
     each = (check.ends - time.time() - _SPARE) / trainings - aside
     steps = int(each / per_step)
     require(steps >= _FEWEST, f"{each:.0f} s are left for each of {trainings} trainings: too few; raise --minutes")

@@ -129,7 +129,7 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
     """One line a fault: the key, what is wrong, the value given, and the key that was probably meant."""
     lines: list[str] = []
     for fault in error.errors():
-        key = ".".join([prefix] * bool(prefix) + [str(part) for part in fault["loc"]])
+        key = ".".join(filter(None, [prefix, *map(str, fault["loc"])]))
         if fault["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(fault["loc"][-1]), _fields(model, fault["loc"][:-1]), n=1)
             lines.append(f"{key}: unknown key" + (f"; did you mean {close[0]!r}?" if close else ""))

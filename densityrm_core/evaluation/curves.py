@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from densityrm_core.evaluation.judge import Judge
+from densityrm_core.policies.rewards import RewardFunction
 from densityrm_core.storage import read_frame
 from densityrm_core.tables import POLICY_COMPLETIONS
 
@@ -20,7 +20,7 @@ class CurveError(ValueError):
     """A policy's folder does not hold its answers; the message names it and says what to do."""
 
 
-def judged_curve(policy: Path, contexts: pl.DataFrame, judge: Judge) -> pl.DataFrame:
+def judged_curve(policy: Path, contexts: pl.DataFrame, judge: RewardFunction) -> pl.DataFrame:
     """The columns of tables.POLICY_CURVES but seed, policy and fingerprint, a row an answer, in the order of the answers.
 
     Args:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from densityrm_core.models.folders import ModelError
+from densityrm_core.policies.rewards import RewardFunction
 from densityrm_core.reward_models.scoring import load_scorer
 from densityrm_core.settings import PlantedSettings
 from densityrm_core.sources.planted import PlantedWorld
 
-Context = Sequence[Mapping[str, str]]
-Judge = Callable[[Sequence[Context], Sequence[str]], list[float]]
 _RULE = "planted_rule.json"
 
 
@@ -26,7 +24,7 @@ def save_planted_judge(settings: PlantedSettings, folder: Path) -> dict[str, Any
     return rule
 
 
-def load_judge(folder: Path, device: str = "cpu") -> Judge:
+def load_judge(folder: Path, device: str = "cpu") -> RewardFunction:
     """A function of contexts and as many replies to their rewards: by the planted rule, or by the folder's reward model.
 
     Raises:

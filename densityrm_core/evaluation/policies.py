@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from densityrm_core.arms import ARMS, best_of_name
-from densityrm_core.evaluation.judge import Judge
 from densityrm_core.models.folders import load_causal_lm, load_codec
 from densityrm_core.models.likelihood import likelihood, log_probs
 from densityrm_core.models.packing import pack
 from densityrm_core.models.tokens import Codec
 from densityrm_core.policies.decoding import Decoding
-from densityrm_core.policies.rewards import Rewarder, load_rewarder
+from densityrm_core.policies.rewards import Rewarder, RewardFunction, load_rewarder
 from densityrm_core.policies.rollout import sample_completions
 from densityrm_core.settings import EvaluationSettings, GrpoSettings
 from densityrm_core.streams import stream_seed
@@ -41,7 +40,7 @@ class PolicyExam:
     base: Any
     codec: Codec
     prompts: pl.DataFrame  # of held_out_prompts
-    judge: Judge
+    judge: RewardFunction
     rewarders: Mapping[str, Rewarder]
     evaluation: EvaluationSettings
     grpo: GrpoSettings
@@ -58,7 +57,7 @@ def open_exam(
     base: Path,
     reward_models: Mapping[str, Path],
     prompts: pl.DataFrame,
-    judge: Judge,
+    judge: RewardFunction,
     settings: tuple[EvaluationSettings, GrpoSettings],
     seed: int,
     device: str = "cpu",

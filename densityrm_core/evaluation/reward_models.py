@@ -16,6 +16,7 @@ import polars as pl
 from densityrm_core.evaluation.baselines import Baseline
 from densityrm_core.models.folders import load_codec, load_reward_model
 from densityrm_core.reward_models.scoring import Report, score_pairs, tokenize_pairs
+from densityrm_core.reward_models.train import WATCHED_PAIRS
 
 Rewards = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
@@ -43,7 +44,7 @@ def exam_pairs(pairs: pl.LazyFrame, strata: pl.LazyFrame, sets: Sequence[pl.Data
     return pl.concat([test.select(_COLUMNS), *(frame.select(_COLUMNS) for frame in sets)])
 
 
-def watched_pairs(validation: pl.DataFrame, strata: pl.DataFrame, most: int = 512) -> pl.DataFrame:
+def watched_pairs(validation: pl.DataFrame, strata: pl.DataFrame, most: int = WATCHED_PAIRS) -> pl.DataFrame:
     """The validation pairs that a training is watched on, in the columns of `exam_pairs`; their set is "validation"."""
     chosen = validation.head(most).with_columns(set=pl.lit("validation"))
     of_chosen = strata.select("pair_id", "decile", "quartile")

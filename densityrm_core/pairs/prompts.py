@@ -111,7 +111,8 @@ def unique_prompts(pairs: Path, out: Path) -> Stored:
         known = 0
         for batch in batches(pairs, ["prompt_id", "prompt", "prompt_index", "cluster", "split"]):
             new = batch.filter(pl.col("prompt_index") >= known).unique("prompt_index", keep="first", maintain_order=True)
-            part = slice(known, known := known + new.height)
+            part = slice(known, known + new.height)
+            known += new.height
             lists = [[name for bit, name in enumerate(names) if mask >> bit & 1] for mask in sources[part].tolist()]
             found = new.with_columns(pl.Series("pairs", counts[part]), pl.Series("sources", lists, pl.List(pl.String())))
             writer.write(found.select(PROMPTS.schema.names()))

@@ -25,6 +25,7 @@ from densityrm_core.planning.needs import AT_A_TIME, training_needed
 from densityrm_core.policies.decoding import Decoding, prompt_keys
 from densityrm_core.policies.engines import TransformersEngine
 from densityrm_core.reward_models.loss import bradley_terry_loss
+from densityrm_core.reward_models.train import WATCHED_PAIRS
 from densityrm_core.settings import PLANTED
 from densityrm_core.sources.planted import planted_rows
 from densityrm_core.training.precision import Precision, computing
@@ -37,7 +38,7 @@ _AGAIN_S, _TIMES = 0.4, 4  # a unit is timed so often, the best counts, unless o
 _STEP_S = 5.0  # of every asset beside its work: a process, its plots, its intervals, its records; measured, 1 to 6
 _RUN_S = 12.0  # of every run: its plan, and the libraries that its steps share
 _EMBED_S, _MAP_S = 1.8e-4, 10.0  # seconds of a processor for a token of a prompt; of the map of the prompts
-_VALIDATION, _EXAM = 512, 32  # see reward_model._MAX_VALIDATION_PAIRS, evaluation._PROMPTS_AT_A_TIME
+_EXAM = 32  # prompts of an evaluation of policies that are timed together
 _SPREAD = 0.2  # of an estimate, both ways
 
 
@@ -152,7 +153,7 @@ def estimate(experiment: Experiment, units: Units, lengths: Lengths, prompts: in
     model, scorer, grpo, exam = experiment.base_model, experiment.reward_model, experiment.grpo, experiment.evaluation
     workers = min(AT_A_TIME, max(1, processors // experiment.compute.threads))
     looks = scorer.steps // scorer.evaluate_every + 1
-    validation = min(_VALIDATION, lengths.validation) * units.score
+    validation = min(WATCHED_PAIRS, lengths.validation) * units.score
     prefer = scorer.steps * units.prefer + looks * validation
     improve = grpo.steps * units.improve + (grpo.steps // grpo.evaluate_every + 1) * units.look
     examine = (len(experiment.arms) + 1) * exam.prompts / _EXAM * units.examine

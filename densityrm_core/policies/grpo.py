@@ -123,7 +123,7 @@ def _train(task: PolicyTask, watch: Watch, device: str) -> TrainedPolicy:
             return None
         metrics = looking.look(step, engine, policy, reference)
         if not control.past_budget() and control.inside_budget(looking.highest_kl):
-            inside.offer(step, -float(step), policy)
+            inside.replace(step, policy)
         return metrics
 
     looking.look(0, engine, policy, reference)

@@ -90,7 +90,7 @@ class ModelRewarder(Rewarder):
 
     @property
     def identity(self) -> Any:
-        """Its weights."""
+        """The reward model: a key is made of its weights."""
         return self.scorer.model
 
     def _raw(self, contexts: Sequence[Context], prompts: Sequence[Ids], groups: Sequence[Sequence[Ids]]) -> Tensor:
@@ -109,7 +109,7 @@ class FunctionRewarder(Rewarder):
 
     @property
     def identity(self) -> Any:
-        """Its name."""
+        """The function's name: another function of that name is taken for the same."""
         return getattr(self.function, "__qualname__", type(self.function).__name__)
 
     def _raw(self, contexts: Sequence[Context], prompts: Sequence[Ids], groups: Sequence[Sequence[Ids]]) -> Tensor:

@@ -32,7 +32,7 @@ from densityrm_core.training.precision import Precision, computing
 from densityrm_core.training.rank_processes import on_ranks
 from densityrm_core.training.ranks import Ranks, join
 
-_MAX_VALIDATION_PAIRS = 512
+WATCHED_PAIRS = 512  # of the validation split, on which a training is watched
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _train_here(task: RewardModelTask, watch: Watch, ranks: Ranks, precision: Pr
     model = new_reward_model(task.base, task.seed, ranks.device)
     say_if_padded(model, watch.say)
     targets = targets_of(task.pairs, task.weights, settings)
-    train, held_out = tokenize_pairs(task.pairs, codec), tokenize_pairs(task.validation.head(_MAX_VALIDATION_PAIRS), codec)
+    train, held_out = tokenize_pairs(task.pairs, codec), tokenize_pairs(task.validation.head(WATCHED_PAIRS), codec)
     key = key_of(model, precision, resolve_kernel(ranks.device), *_identity(task, targets, train, held_out))
     plain = adapt(model, settings, task.compute, task.seed, ranks)
     sampler = make_sampler(task.weights, stream_seed(task.seed, "reward model", "pairs"), task.sampling)

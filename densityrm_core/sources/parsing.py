@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import polars as pl
 
@@ -17,13 +16,24 @@ from densityrm_core.tables import REJECTS, SOURCE_PAIRS
 
 SourceName = Literal["hh_rlhf", "ultrafeedback", "stack_exchange", "nanochat"]
 
-_FORMATS: dict[str, ModuleType] = {
-    "hh_rlhf": hh_rlhf,
-    "ultrafeedback": ultrafeedback,
-    "stack_exchange": stack_exchange,
-    "nanochat": nanochat_pairs,
+_Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How the rows of a source are read, and what their pairs are called: `src`, or what the row itself says."""
+
+    src: str
+    parse: Callable[[_Row, Any], Iterator[Pair | Reject]]  # the row, and the settings of its source
+    source_of: Callable[[_Row], str] | None = None
+
+
+_FORMATS: dict[SourceName, _Format] = {
+    "hh_rlhf": _Format(hh_rlhf.SRC, hh_rlhf.parse),
+    "ultrafeedback": _Format(ultrafeedback.SRC, ultrafeedback.parse),
+    "stack_exchange": _Format(stack_exchange.SRC, stack_exchange.parse),
+    "nanochat": _Format(nanochat_pairs.SRC, nanochat_pairs.parse, nanochat_pairs.source_of),
 }
-_Parse = Callable[[dict[str, Any], SourceSettings], Iterator[Pair | Reject]]
 
 
 @dataclass(frozen=True)
@@ -62,12 +72,12 @@ def parse_rows(name: SourceName, settings: SourceSettings, rows: Sequence[RawRow
     return Parsed(SOURCE_PAIRS.frame(pairs), REJECTS.frame(rejects), len(rows), candidates, malformed, first, objects)
 
 
-def _items(raw: RawRow, source: ModuleType, settings: SourceSettings) -> tuple[str, list[Pair | Reject]]:
-    src = cast(str, source.SRC)
+def _items(raw: RawRow, source: _Format, settings: SourceSettings) -> tuple[str, list[Pair | Reject]]:
+    src = source.src
     try:
         fields = raw.fields()
-        src = nanochat_pairs.source_of(fields) if source is nanochat_pairs else src
-        return src, list(cast(_Parse, source.parse)(fields, settings))
+        src = source.source_of(fields) if source.source_of else src
+        return src, list(source.parse(fields, settings))
     except MalformedError as error:
         return src, [Reject(error.reason, error.detail)]
 

@@ -149,7 +149,8 @@ class Checkpoints:
 
 
 class Best:
-    """The weights of the lowest loss so far: beside the checkpoints, or in memory where there are none."""
+    """The weights to go back to, of the lowest loss or simply the last that were offered: beside the checkpoints, or in memory
+    where there are none."""
 
     def __init__(self, checkpoints: Checkpoints | None) -> None:
         self._checkpoints = checkpoints
@@ -163,8 +164,12 @@ class Best:
         elif self._kept is None or (loss, step) < self._kept:
             self._kept, self._weights = (loss, step), {name: value.clone() for name, value in _trained(model).items()}
 
+    def replace(self, step: int, model: Any) -> None:
+        """Keep the weights of `step`, whatever was kept before: each later step is the better one."""
+        self.offer(step, -float(step), model)
+
     def restore(self, model: Any) -> int | None:
-        """Put the best weights into the model; the step they are from, None if none are kept."""
+        """Put the kept weights into the model; the step they are from, None if none are kept."""
         if self._checkpoints:
             return self._checkpoints.restore_best(model)
         if self._kept is None:

@@ -82,7 +82,11 @@ class IndexSearch:
         self.recall = measure(*chosen)
         while self.recall < target:
             probes, refined = chosen
-            more = [(2 * probes, refined)] * (probes < self._cells.nlist) + [(probes, 2 * refined)] * (refined < _REFINED_LAST)
+            more: list[tuple[int, int]] = []
+            if probes < self._cells.nlist:
+                more.append((2 * probes, refined))
+            if refined < _REFINED_LAST:
+                more.append((probes, 2 * refined))
             if not more:
                 break
             self.recall, chosen = max((measure(*each), each) for each in more)

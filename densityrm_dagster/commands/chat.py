@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from densityrm_core.experiment import home, load_experiment
-from densityrm_dagster.commands.score import one_line_errors, ready_scorer, reward_model_folder
+from densityrm_dagster.commands.errors import one_line_errors
+from densityrm_dagster.commands.score import ready_scorer, reward_model_folder
 from densityrm_dagster.commands.talk import Talk, labels, say
 from densityrm_dagster.terminal import is_terminal
 

@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import typer
 
 from densityrm_core.experiment import home, load_experiment
 from densityrm_core.files import replacing
+from densityrm_dagster.commands.errors import clear_progress, one_line_errors
 from densityrm_dagster.services import tracking_uri
 from densityrm_dagster.terminal import is_terminal
 from densityrm_dagster.tracking.registry import RegistryError, registered_folder
@@ -65,7 +65,7 @@ def _score(rows: "Iterator[RawRow]", scorer: "Scorer", tally: "Tally", write: Ca
         if is_terminal(sys.stderr) and time.monotonic() - said > _SAY_EVERY_S:
             said = time.monotonic()
             print(f"\r\x1b[K{tally.rows:,} lines, {tally.rows / (said - started):,.0f}/s", end="", file=sys.stderr, flush=True)
-    _clear()
+    clear_progress()
 
 
 def ready_scorer(folder: Path) -> "Scorer":
@@ -138,31 +138,3 @@ def _summary(tally: "Tally", truncated: int, seconds: float) -> str:
     if tally.errors:
         parts.append(f"{tally.errors:,} lines have an `error` instead")
     return "; ".join(parts)
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What a person can mend is one message, never a traceback, and exit code 1; a reader that had enough is no error to tell."""
-    try:
-        try:
-            yield
-        finally:
-            _clear()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
-        raise typer.Exit(1) from None
-    except (ValueError, OSError) as error:
-        if not isinstance(error, OSError | RegistryError):
-            from densityrm_core.models.folders import ModelError
-            from densityrm_core.sources import SourceError
-
-            if not isinstance(error, ModelError | SourceError):
-                raise
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-
-
-def _clear() -> None:
-    """Remove the line of progress, if a person sees one."""
-    if is_terminal(sys.stderr):
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)

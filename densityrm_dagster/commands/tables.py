@@ -2,14 +2,13 @@
 
 import shutil
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from densityrm_core.experiment import ExperimentError, home, load_experiment
+from densityrm_core.experiment import home, load_experiment
+from densityrm_dagster.commands.errors import one_line_errors
 from densityrm_dagster.terminal import is_terminal
 
 
@@ -26,7 +25,7 @@ def inspect(
     """Show rows of a table as a person reads them; without a table, list the tables."""
     given = {"prompt_id": prompt_id, "pair_id": pair_id, "reason": reason, "src": src, "split": split}
     filters = {column: value for column, value in given.items() if value is not None}
-    with _one_line_errors():
+    with one_line_errors():
         from densityrm_core.pairs.inspection import InspectionError, describe_tables, inspect_table
 
         if table is None and filters:
@@ -41,7 +40,7 @@ def inspect(
 
 def explain(prompt: Annotated[str, typer.Argument(help="id of a prompt, or a text")]) -> None:
     """Show why a prompt weighs what it weighs: its neighbours, distances, density, decile, and how often it is drawn."""
-    with _one_line_errors():
+    with one_line_errors():
         from densityrm_core.density.explain import explain, explanation_text
         from densityrm_dagster.tracking.training import set_up_torch
 
@@ -53,7 +52,7 @@ def explain(prompt: Annotated[str, typer.Argument(help="id of a prompt, or a tex
 
 def export_nanochat(out: Annotated[Path, typer.Argument(help="folder to write; a former export there is replaced")]) -> None:
     """Write pairs, prompts and density weights as the files nanochat's scripts read."""
-    with _one_line_errors():
+    with one_line_errors():
         from densityrm_core.pairs import nanochat_folder as nanochat
 
         summary = nanochat.export_nanochat(_tables(), out, _progress, load_experiment())
@@ -67,7 +66,7 @@ def export_nanochat(out: Annotated[Path, typer.Argument(help="folder to write; a
 
 def import_nanochat(folder: Annotated[Path, typer.Argument(help="folder with pairs_all.jsonl, or the file itself")]) -> None:
     """Check that a nanochat folder can be a source, and print what to put into the experiment file."""
-    with _one_line_errors():
+    with one_line_errors():
         import yaml
 
         from densityrm_core.pairs.nanochat_folder import NanochatError, check_nanochat
@@ -98,23 +97,3 @@ def _counts(counts: dict[str, int]) -> str:
 def _progress(file: str, rows: int) -> None:
     if is_terminal(sys.stderr):
         print(f"\r\x1b[K{file}: {rows:,} rows", end="", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _one_line_errors() -> Generator[None]:
-    """What a person can mend is one message, never a traceback: exit code 2 for the experiment file, else 1."""
-    try:
-        try:
-            yield
-        finally:
-            if is_terminal(sys.stderr):
-                print("\r\x1b[K", end="", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        from densityrm_core.pairs.inspection import InspectionError
-        from densityrm_core.pairs.nanochat_folder import NanochatError
-        from densityrm_core.sources.rows import SourceError
-
-        if not isinstance(error, ExperimentError | InspectionError | NanochatError | SourceError | OSError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2 if isinstance(error, ExperimentError) else 1) from None
