@@ -1,4 +1,13 @@
-"""Weights -> a reproducible, resumable, shardable stream of indices."""
+"""Weights -> a reproducible, resumable, shardable stream of indices.
+
+An epoch is N points in [0, 1), and item i owns an interval as long as its share p_i of the weights:
+
+    items      |---- 0 ----|- 1 -|-------- 2 --------|3|     cumulative weights, (n,)
+    points       .    .    .    .    .    .    .    .        systematic: a grid of step 1/N with one random offset
+
+Each item is met floor(N p_i) or ceil(N p_i) times. A pseudo-random permutation of [0, N), a function of (seed, epoch), says which
+point draw t takes, so any draw can be had without the ones before it: resuming needs no state, and a rank draws every world-th.
+"""
 
 from __future__ import annotations
 

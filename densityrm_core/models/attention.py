@@ -3,9 +3,18 @@
 All tokens of a batch stand in one row, and one rule says who sees whom: a token sees the prompt of its group and its own branch,
 up to itself. On CPUs neighbouring groups form spans of some hundred tokens, each one call of PyTorch's attention under the rule's
 mask, so linear layers run on the distinct tokens and nothing else, and attention is quadratic in a span, not in the batch. Of a
-large group each branch is a span of its own, which also sees the prompt in the span of the first branch. On CUDA the rule is the
-mask of FlexAttention [Dong et al. 2024], compiled, which skips blocks that nobody sees. `attention_kernel` takes either on any
-device, and FlexAttention as PyTorch computes it without compiling, which has a backward pass on CPUs too.
+large group each branch is a span of its own, which also sees the prompt in the span of the first branch. In the group p p c c r
+(x: sees):
+
+        p p c c r
+    p   x . . . .
+    p   x x . . .
+    c   x x x . .
+    c   x x x x .
+    r   x x . . x      a branch sees the prompt and itself, never its sibling
+
+On CUDA the rule is the mask of FlexAttention [Dong et al. 2024], compiled, which skips blocks that nobody sees.
+`attention_kernel` takes either on any device, and FlexAttention as PyTorch computes it without compiling, which has a backward pass on CPUs too.
 """
 
 from __future__ import annotations

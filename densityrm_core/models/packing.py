@@ -3,6 +3,14 @@
 A branch sees the prompt and itself, never its siblings, and its positions go on from the end of the prompt, so every branch is
 computed exactly as if it stood alone behind its prompt, while the prompt is computed once. Models whose attention cannot be
 steered so are computed on padded rows, one for each branch, with the same results.
+
+Two groups in a row of T = 12 tokens, with p of a prompt, c and r of its branches:
+
+    ids        p p p c c r | p p c r r r     (1, T)
+    positions  0 1 2 3 4 3 | 0 1 2 2 3 4     (1, T)  a branch goes on where its prompt ended
+    ends               4 5         8     11  (branches,)  the last token of each branch, where a reward is read
+    sources          2 3 2       7 7 9 10    (tokens,)  whose output predicts each branch token
+    targets          c c r       c r r r     (tokens,)  the branch tokens themselves
 """
 
 from __future__ import annotations

@@ -1,8 +1,14 @@
 """Checkpoints of a training: all that the next step depends on, so that a run killed at any moment ends in the same bits.
 
 What a step draws follows from (seed, step), so the state is the weights that are trained, the optimizer's moments, torch's
-generator, the metrics so far and the step. A checkpoint is written aside and renamed: there is a whole one or none. Where
-weights are sharded over ranks, all ranks take part and the first one writes.
+generator, the metrics so far and the step. A checkpoint is written aside and renamed: there is a whole one or none.
+
+    <folder>/<key>/step-00000100/state.safetensors   model.<name>, optimizer.<number>.<moment>, generator
+    <folder>/<key>/step-00000100/progress.json       step, points, recent metrics, what the loop itself remembers
+    <folder>/<key>/best/                              the weights to go back to, with their loss and step
+
+The key is a hash of all that the training depends on, so a changed setting finds no checkpoint of before. Where weights are
+sharded over ranks, all ranks take part and the first one writes.
 """
 
 from __future__ import annotations

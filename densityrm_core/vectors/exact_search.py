@@ -1,5 +1,7 @@
 """Exact nearest neighbours: approximate scores of all pairs choose candidates, float32 inner products decide among them.
 
+    queries (b, d)  x  tile of the base (d, t)  ->  scores (b, t)  ->  maxima of groups of 32 columns (b, t / 32)  ->  candidates
+
 A tile of scores is reduced to the maxima of groups of columns while it is in the cache. The k-th largest of a query's maxima is
 not above its k-th largest score, so whatever may be among its k nearest scores at least that, less the error of a score, and
 lies in a group whose maximum does. The inner product of two vectors is computed in one order of summation, whatever block it is
