@@ -14,7 +14,8 @@ large group each branch is a span of its own, which also sees the prompt in the 
     r   x x . . x      a branch sees the prompt and itself, never its sibling
 
 On CUDA the rule is the mask of FlexAttention [Dong et al. 2024], compiled, which skips blocks that nobody sees.
-`attention_kernel` takes either on any device, and FlexAttention as PyTorch computes it without compiling, which has a backward pass on CPUs too.
+`attention_kernel` takes either on any device, and FlexAttention as PyTorch computes it without compiling, which has a backward
+pass on CPUs too.
 """
 
 from __future__ import annotations
