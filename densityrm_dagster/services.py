@@ -8,6 +8,7 @@ from pathlib import Path
 import dagster as dg
 from filelock import FileLock
 
+from densityrm_core.experiment import ExperimentError
 from densityrm_core.files import lock, sweep
 from densityrm_dagster.reaper import close_dead_runs
 
@@ -31,8 +32,15 @@ class Addresses:
 
 def urls() -> Addresses:
     """Where the servers listen: loopback, ports from DENSITYRM_DAGSTER_PORT (3000) and DENSITYRM_MLFLOW_PORT (5000)."""
-    dagster, mlflow = (int(os.environ.get(f"DENSITYRM_{n}_PORT") or port) for n, port in (("DAGSTER", 3000), ("MLFLOW", 5000)))
+    dagster, mlflow = (_port(f"DENSITYRM_{name}_PORT", usual) for name, usual in (("DAGSTER", 3000), ("MLFLOW", 5000)))
     return Addresses(f"http://127.0.0.1:{dagster}", f"http://127.0.0.1:{mlflow}", dagster, mlflow)
+
+
+def _port(variable: str, usual: int) -> int:
+    given = os.environ.get(variable) or str(usual)
+    if not given.isdecimal() or not 0 < int(given) < 65536:
+        raise ExperimentError(f"{variable}: {given!r} is no port; set it to a number from 1 to 65535, or unset it")
+    return int(given)
 
 
 def tracking_uri(root: Path) -> str:

@@ -21,6 +21,7 @@ pass on CPUs too.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -46,6 +47,8 @@ _SPAN = 128  # tokens of neighbouring groups that share one call; a larger group
 _ATTENTION = ("self_attn", "attn")
 # What a decoder layer computes of every token by itself, but for keys and values: Llama's, Qwen's and NanoChat's names, GPT-2's
 _TOKENWISE = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "attn.c_proj")
+# What runs so by choice needs no such advice; it says that gradients may be wrong, and the tests hold them to the spans'
+warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
 _wanted: ContextVar[Literal["auto", Kernel]] = ContextVar("attention kernel", default="auto")
 
 

@@ -67,11 +67,16 @@ def reward_models() -> None:
 
 def _materialize(experiment: Experiment, root: Path, seeds: Sequence[int], only: frozenset[str] | None = None) -> None:
     state = root / experiment.name
-    state.mkdir(parents=True, exist_ok=True)
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: {root} cannot be written ({error.strerror}); set DENSITYRM_HOME to a folder that can", file=sys.stderr)
+        raise typer.Exit(1) from None
     if not lock(os.open(state / "work.lock", os.O_RDWR | os.O_CREAT, 0o644)):  # held until this process ends
         print(f"error: another command is at work in {state}; wait for it, or set another DENSITYRM_HOME", file=sys.stderr)
         raise typer.Exit(1)
     warn(experiment, root)
+    _refuse_impossible(experiment, only)
     prepare_home(root, experiment.name)
     from densityrm_dagster.commands.run import RunFailedError, describe_sources, run_experiment
 
@@ -88,6 +93,20 @@ def _materialize(experiment: Experiment, root: Path, seeds: Sequence[int], only:
     if not any(made):
         print("everything is up to date; nothing was made again", file=sys.stderr)
     print("\n" + describe_sources(experiment) + "\n")
+
+
+def _refuse_impossible(experiment: Experiment, only: frozenset[str] | None) -> None:
+    """End before anything is made if what the experiment forces cannot be had here, and these assets need it."""
+    from densityrm_core.hardware import driver_is_there
+    from densityrm_dagster.doctor.machine import impossible
+
+    needed = {"device", "attention"} if only is None or "base_model" in only else set[str]()
+    needed |= {"rollouts"} if only is None else set[str]()
+    hopeless = [line for line in impossible(experiment.compute, driver_is_there()) if line.subject in needed]
+    for line in hopeless:
+        print(f"error: {line.found}; {line.remedy}", file=sys.stderr)
+    if hopeless:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -97,8 +97,9 @@ def warnings(experiment: Experiment, root: Path) -> list[Line]:
 
 def _quick(experiment: Experiment, root: Path) -> Iterator[Line]:
     from densityrm_core.hardware import driver_is_there
-    from densityrm_dagster.doctor import room
+    from densityrm_dagster.doctor import machine, room
 
+    yield from machine.impossible(experiment.compute, driver_is_there())
     made = root / experiment.name / "models" / "base_model"
     shape = shape_of(experiment.base_model, made)
     read, raw = sources(experiment, root / "raw", ask=False)

@@ -66,9 +66,9 @@ def choices(experiment: Experiment, device: str, shape: "Shape | None", made: Pa
             ("none, vectors come from a file" if from_file else dtype_of(experiment.embedding, device)) + _forced("encoder"),
         ),
         green("search", choose_arithmetic(compute.search_arithmetic, 2) + _forced("search")),
-        green("attention", kernel + _forced("attention")),
+        _attention(compute, device, kernel),
         green("compilation", ("on" if compute.compile else "off") + _forced("compile")),
-        _rollouts(compute, device),
+        _rollouts(compute, device.startswith("cuda")),
         _ranks(compute, device),
         _threads(compute),
     ]
@@ -103,10 +103,28 @@ def _precision(experiment: Experiment, device: str, shape: "Shape | None", made:
     return f"{resolve_precision(wanted, device, shape.width)}, by the rule for width {shape.width}"
 
 
-def _rollouts(compute: ComputeSettings, device: str) -> Line:
+def impossible(compute: ComputeSettings, gpu: bool) -> list[Line]:
+    """The choices that are forced and cannot be taken here: a run that needs them would fail once it comes to them.
+
+    Args:
+        gpu: whether there is one.
+    """
+    device = "cuda" if gpu and compute.device != "cpu" else "cpu"
+    lines = [_device(compute, device), _attention(compute, device, compute.attention), _rollouts(compute, gpu)]
+    return [line for line in lines if line.colour == "red"]
+
+
+def _attention(compute: ComputeSettings, device: str, kernel: str) -> Line:
+    if compute.attention == "flex" and not device.startswith("cuda"):
+        found = "compute.attention is flex, which has no backward pass on a processor"
+        return red("attention", found, "set compute.attention to auto, spans or flex_eager")
+    return green("attention", kernel + _forced("attention"))
+
+
+def _rollouts(compute: ComputeSettings, gpu: bool) -> Line:
     from densityrm_core.hardware import package_folder
 
-    if compute.rollouts == "vllm" and not (device.startswith("cuda") and package_folder("vllm")):
+    if compute.rollouts == "vllm" and not (gpu and package_folder("vllm")):
         remedy = "set compute.rollouts to transformers, or use a GPU and pip install 'densityrm[vllm]'"
         return red("rollouts", "compute.rollouts is vllm, which is not installed or has no GPU", remedy)
     return green("rollouts", compute.rollouts + _forced("rollouts"))

@@ -38,6 +38,9 @@ def ports(root: Path, patience: float = 2.0) -> list[Line]:
     except ValueError as error:
         remedy = "set DENSITYRM_DAGSTER_PORT and DENSITYRM_MLFLOW_PORT to numbers, or unset them"
         return [red("ports", f"a port is no number ({first_line(error)})", remedy)]
+    if address.dagster_port == address.mlflow_port:
+        remedy = "set DENSITYRM_DAGSTER_PORT and DENSITYRM_MLFLOW_PORT to two different ports"
+        return [red("ports", f"both servers have port {address.dagster_port}", remedy)]
     return [
         _port(name, getattr(address, port), variable, path, root, patience) for name, (variable, port, path) in _SERVERS.items()
     ]

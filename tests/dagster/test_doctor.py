@@ -118,6 +118,41 @@ def test_a_port_that_is_no_number_is_red(monkeypatch: pytest.MonkeyPatch, home: 
     assert line.colour == "red" and "DENSITYRM_MLFLOW_PORT" in line.remedy
 
 
+def test_two_servers_at_one_port_are_red(monkeypatch: pytest.MonkeyPatch, home: Path):
+    for variable in PORTS:
+        monkeypatch.setenv(variable, "3311")
+    assert found("ports", home).found == "both servers have port 3311"
+
+
+FORCED = [
+    ({"device": "cuda"}, "device", "error: compute.device is cuda, but PyTorch sees no GPU; set compute.device to auto or cpu"),
+    ({"attention": "flex"}, "attention", "error: compute.attention is flex, which has no backward pass on a processor; set"),
+    ({"rollouts": "vllm"}, "rollouts", "error: compute.rollouts is vllm, which is not installed or has no GPU; set"),
+]
+
+
+@pytest.mark.skipif(hardware.driver_is_there(), reason="there is a GPU, where these can be had")
+@pytest.mark.parametrize(("compute", "subject", "error"), FORCED, ids=[subject for _, subject, _ in FORCED])
+def test_what_cannot_be_had_here_is_red_and_a_demo_refused_before_it_makes_anything(
+    monkeypatch: pytest.MonkeyPatch, home: Path, compute: dict[str, str], subject: str, error: str
+):
+    assert found(subject, home, compute=compute).colour == "red"
+    select(home.parent, monkeypatch, {**TINY, "compute": compute})
+    result = CliRunner().invoke(cli.app, ["demo"])
+    assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith(error)
+    assert [path.name for path in (home / "tiny").iterdir()] == ["work.lock"]
+
+
+def test_a_state_folder_that_cannot_be_made_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DENSITYRM_HOME", str(tmp_path / "file"))
+    result = CliRunner().invoke(cli.app, ["demo"])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        f"error: {tmp_path / 'file'} cannot be written (Not a directory); set DENSITYRM_HOME to a folder that can"
+    ]
+
+
 def test_a_full_disk_is_red_and_half_a_disk_yellow(monkeypatch: pytest.MonkeyPatch, home: Path):
     monkeypatch.setattr(hardware, "free_disk", lambda _: 100 << 20)
     full = found("disk needed", home)
