@@ -2,7 +2,7 @@
 
 The code that takes a branch says so by `take`, so that the card of a run can tell what was really taken, and so that a test can
 claim a branch and be held to it (tests/test_choices.py). What stands here decides how fast something is computed, or in which
-precision; precision is resolved once for a whole experiment and recorded with every model (`models.precision_of`).
+precision; precision is resolved once for a whole experiment and recorded with every model (`models.folders.precision_of`).
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def exam_pairs(pairs: pl.LazyFrame, strata: pl.LazyFrame, sets: Sequence[pl.Data
     Args:
         pairs: tables.PREFERENCE_PAIRS; only the test split is read.
         strata: tables.PAIR_WEIGHTS.
-        sets: pairs of evaluation_sets.read_set.
+        sets: pairs of sets.read_set.
 
     Returns:
         columns set, pair_id, prompt_id, src, decile, quartile, context, chosen, rejected.

@@ -19,7 +19,7 @@ _ROW = 1 << 10  # of a planted row, as text
 _COPIES = 4  # of a row: its shard, the union, its prompt and vector
 _WIDTH = 384  # of a vector, as the default encoder's
 _ACTIVATIONS = 12  # values of a layer's width that a token keeps for the backward pass, beside four of the MLP's; measured
-_LOGITS = 3 * 32 << 20  # see likelihood._LOGITS_AT_A_TIME: logits, their probabilities, their gradient
+_LOGITS = 3 * 32 << 20  # see models.likelihood._LOGITS_AT_A_TIME: logits, their probabilities, their gradient
 
 
 class Need(NamedTuple):

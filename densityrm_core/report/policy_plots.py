@@ -1,4 +1,4 @@
-"""Figures of policies as PNG bytes: judge reward, by decile, against KL, and diversity. Reads what policy_metrics measures."""
+"""Figures of policies as PNG bytes: judge reward, by decile, against KL, and diversity. Of measurement.policies."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _NAMES = {"a": "A: neither", "b": "B: RM", "c": "C: prompts", "d": "D: both"}  #
 
 
 def overview(measured: pl.DataFrame) -> pl.DataFrame:
-    """Judge reward, its change against the base policy, win rate, greedy completion, length. Reads policy_metrics.measure."""
+    """Judge reward, its change against the base policy, win rate, greedy completion, length. Of measurement.policies."""
     spec = spec_of(measured)
     columns = {
         "judge reward [95 %]": ("judge_reward", spec),

@@ -1,4 +1,4 @@
-"""Figures of reward models beside the baselines as PNG bytes. Reads what rm_metrics measures, in several strata."""
+"""Figures of reward models beside the baselines as PNG bytes, of measurement.reward_models, in several strata."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _SPECS = {"log_loss": ".3f", "ece": ".3f", "margin": ".2f", "margin_length": "+.
 
 
 def overview(measured: pl.DataFrame, metrics: Sequence[str] = tuple(COLUMNS)) -> pl.DataFrame:
-    """A row a model, a column a metric, over all test pairs. Reads rm_metrics.measure."""
+    """A row a model, a column a metric, over all test pairs. Reads measurement.reward_models.measure."""
     whole = measured.filter(by="all")
     rows = [
         {"model": NAMES.get(model, model), **{COLUMNS[m]: _shown(whole, m, model=model, metric=m) for m in metrics}}
@@ -34,7 +34,7 @@ def overview(measured: pl.DataFrame, metrics: Sequence[str] = tuple(COLUMNS)) ->
 
 
 def by_stratum(measured: pl.DataFrame, by: str) -> pl.DataFrame:
-    """Accuracy in %: a row a stratum of `by`, a column a model. Reads rm_metrics.measure."""
+    """Accuracy in %: a row a stratum of `by`, a column a model. Reads measurement.reward_models.measure."""
     part = measured.filter(by=by, metric="accuracy")
     models = models_of(part)
     rows = [
@@ -49,7 +49,7 @@ def by_stratum(measured: pl.DataFrame, by: str) -> pl.DataFrame:
 
 
 def alike(agreement: pl.DataFrame) -> pl.DataFrame:
-    """A row for each two models: the share of pairs ranked alike, and kappa. Reads rm_comparison.agreement."""
+    """A row for each two models: the share of pairs ranked alike, and kappa. Reads measurement.comparison.agreement."""
     keys = agreement.select("model", "other", "pairs").unique(maintain_order=True)
     rows = [
         {
@@ -64,7 +64,7 @@ def alike(agreement: pl.DataFrame) -> pl.DataFrame:
 
 
 def sets(measured: pl.DataFrame) -> pl.DataFrame:
-    """Accuracy in %: a row a set and subset, a column a model. Reads rm_comparison.measure_sets.
+    """Accuracy in %: a row a set and subset, a column a model. Reads measurement.comparison.measure_sets.
 
     Where prompts have several pairs, a second row says of how many prompts every pair is ranked right.
     """
