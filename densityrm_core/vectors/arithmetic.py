@@ -19,7 +19,7 @@ from densityrm_core.choices import take
 from densityrm_core.hardware import processor_features
 
 _SIGMAS = 6.0  # of a score's error that thresholds are lowered by
-_QUANTUM = 127
+_QUANTUM = 63
 
 
 class Scores(Protocol):
@@ -44,9 +44,10 @@ class Scores(Protocol):
 
 
 class Int8Scores:
-    """Components in units of the largest one / 127. Sums are exact; a component is off by up to half a unit, uniformly.
+    """Components in units of the largest one / 63. Sums are exact; a component is off by up to half a unit, uniformly.
 
-    So the error of a score has variance (|x|^2 + |y|^2) / 12 in units, for unit vectors 2 (127 / largest)^2 / 12.
+    So the error of a score has variance (|x|^2 + |y|^2) / 12 in units, for unit vectors 2 (63 / largest)^2 / 12. It is 63,
+    not 127: without VNNI PyTorch adds pairs of products in 16 bits and lets them saturate silently, which seven bits cannot.
     """
 
     name, stored, dtype, compared = "8-bit integers", torch.int8, torch.int32, torch.int32

@@ -1,5 +1,8 @@
 """Fast search finds what a slow, obvious search finds, in every arithmetic, however the work is divided."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +84,26 @@ def test_every_arithmetic_gives_the_same_bits(clustered: np.ndarray):
     for cosines, rows in found[1:]:
         assert np.array_equal(cosines, found[0][0])
         assert np.array_equal(rows, found[0][1])
+
+
+PRODUCTS = """
+import torch
+from densityrm_core.vectors.arithmetic import Int8Scores
+torch.manual_seed(0)
+for width in (64, 96, 384):
+    scores = Int8Scores(1.0)
+    queries, base = (scores.vectors((2 * torch.rand(count, width) - 1).sign().numpy()) for count in (64, 512))
+    out = torch.empty(64, 512, dtype=torch.int32)
+    scores.multiply(queries, base.T, out)
+    assert torch.equal(out.long(), queries.long() @ base.long().T), width
+"""
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE", "DEFAULT"])
+def test_integer_products_are_exact_on_processors_with_fewer_instructions_too(instructions: str):
+    """Of the largest components there are. Without VNNI pairs of products are added in 16 bits, which saturate."""
+    variables = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
+    subprocess.run([sys.executable, "-c", PRODUCTS], env=variables, check=True)  # noqa: S603  our own program
 
 
 @pytest.mark.parametrize(
