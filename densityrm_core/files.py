@@ -17,12 +17,8 @@ TEMPORARY = ".tmp"
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Generator[Path]:
     """A locked folder beside `path`, to make things in; removed at the end, or by `sweep` if this process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = temporary_name(path)
-    folder.mkdir()
-    descriptor = os.open(folder, os.O_RDONLY)
+    folder, descriptor = locked_folder(path)
     try:
-        lock(descriptor)
         yield folder
     finally:
         os.close(descriptor)
@@ -35,6 +31,18 @@ def held(path: Path) -> Path:
     Good in this process only, and until it ends.
     """
     return Path(f"/proc/self/fd/{os.open(path, os.O_RDONLY)}")
+
+
+def locked_folder(path: Path) -> tuple[Path, int]:
+    """A new temporary folder for what will become `path`, and the descriptor that keeps `sweep` from it until closed."""
+    while True:
+        folder = temporary_name(path)
+        folder.mkdir(parents=True)
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            if lock(descriptor) and folder.exists():
+                return folder, descriptor
+            os.close(descriptor)
 
 
 def _locked_file(path: Path) -> tuple[Path, IO[bytes]]:
@@ -87,7 +95,7 @@ def lock(descriptor: int) -> bool:
 def sweep(folder: Path) -> list[Path]:
     """Remove what killed processes left unfinished below `folder`; what a living process still writes is locked and stays."""
     removed: list[Path] = []
-    for path in sorted(folder.rglob(f".*{TEMPORARY}")):
+    for path in _unfinished(folder):
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(path, os.O_RDONLY)
             try:
@@ -97,3 +105,16 @@ def sweep(folder: Path) -> list[Path]:
             finally:
                 os.close(descriptor)
     return removed
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """What has a temporary name. `os.walk` passes over a folder that another process renames at this moment, `rglob` raises."""
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        found += [Path(parent, name) for name in (*folders, *files) if _is_temporary(name)]
+        folders[:] = [name for name in folders if not _is_temporary(name)]
+    return sorted(found)
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(TEMPORARY)

@@ -10,7 +10,7 @@ import dagster as dg
 import polars as pl
 
 from densityrm_core import tables
-from densityrm_core.files import held, lock, sweep, temporary_folder, temporary_name
+from densityrm_core.files import held, locked_folder, sweep, temporary_folder
 from densityrm_core.storage import Stored, read_frame, write_frame
 from densityrm_dagster.partitions import partition_of
 
@@ -81,9 +81,7 @@ class FolderIOManager(dg.ConfigurableIOManager):
     def stage(self, context: dg.AssetExecutionContext) -> Path:
         """An empty folder to write the asset's value into, on the same file system as its final place."""
         name = "-".join([*context.asset_key.path, partition_of(context) or "all"])
-        staged = temporary_name(Path(self.folder, name))
-        staged.mkdir(parents=True)
-        lock(os.open(staged, os.O_RDONLY))  # left open: the folder is safe from sweeps until this process ends
+        staged, _lock = locked_folder(Path(self.folder, name))  # never closed: safe from sweeps until this process ends
         return staged
 
     def checkpoints(self, context: dg.AssetExecutionContext) -> Path:

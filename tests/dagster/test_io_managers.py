@@ -1,5 +1,7 @@
 """Writes are atomic, schemas are kept, and a reader keeps what it opened."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dagster as dg
@@ -9,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from densityrm_core import tables
-from densityrm_core.files import temporary_folder
+from densityrm_core.files import sweep, temporary_folder
 from densityrm_core.storage import GROUP_ROWS, batches, read_frame, table_writer, write_frame
 from densityrm_dagster.io_managers import TABLE, FolderIOManager, ParquetIOManager
 
@@ -94,6 +96,26 @@ def test_a_start_sweeps_what_a_killed_writer_left_and_nothing_that_lives(tmp_pat
         ParquetIOManager(folder=str(tmp_path)).setup_for_execution(dg.build_init_resource_context())
         assert folder.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["other.parquet"]
+
+
+def test_a_sweep_passes_over_a_folder_that_another_process_renames_under_it(tmp_path: Path):
+    """Every step of a run sweeps as it starts, while the steps beside it rename finished models into their place."""
+    made, kept = tmp_path / "made", tmp_path / "kept"
+    ended = threading.Event()
+
+    def rename() -> None:
+        made.mkdir()
+        while not ended.is_set():
+            made.rename(kept)
+            kept.rename(made)
+
+    with ThreadPoolExecutor(1) as pool:
+        renaming = pool.submit(rename)
+        try:
+            assert [sweep(tmp_path) for _ in range(3000)] == [[]] * 3000
+        finally:
+            ended.set()
+        renaming.result()
 
 
 def test_a_frame_of_another_schema_is_refused_and_nothing_is_written(tmp_path: Path):
