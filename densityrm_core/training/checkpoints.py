@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from densityrm_core.files import lock, temporary_name
+from densityrm_core.files import temporary_folder
 from densityrm_core.training.ranks import SOLO, Ranks, sharded_like, whole
 
 Metrics = dict[str, float]
@@ -126,22 +126,15 @@ class Checkpoints:
 
     def _write(self, target: Path, tensors: dict[str, Tensor], progress: str) -> bool:
         """A folder of both, whole or not at all."""
-        staged = temporary_name(target)
         try:
-            staged.mkdir(parents=True)
-            held = os.open(staged, os.O_RDONLY)
-            try:
-                lock(held)
+            with temporary_folder(target) as staged:
                 save_file(tensors, staged / _TENSORS)
                 (staged / _PROGRESS).write_text(progress, encoding="utf-8")
                 for file in (_TENSORS, _PROGRESS):
                     _flush(staged / file)
                 shutil.rmtree(target, ignore_errors=True)
                 staged.rename(target)
-            finally:
-                os.close(held)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(staged, ignore_errors=True)
             self._say(f"{target.name} is not saved: {error}; training goes on, earlier checkpoints are kept")
             return False
         return True
