@@ -15,7 +15,7 @@ from densityrm_core.pairs.nanochat_folder import ExportSummary, NanochatError, c
 from densityrm_core.settings import SourceSettings, StackExchangeSettings
 from densityrm_core.sources.files import raw_files
 from densityrm_core.sources.nanochat_pairs import pairs_file, parse, source_of
-from densityrm_core.sources.parsing import SourceName, parse_rows
+from densityrm_core.sources.parsing import SourceName, pair_row, parse_rows
 from densityrm_core.sources.rows import MalformedError, Pair, Reject, Turn, pair_id, prompt_id
 from densityrm_core.storage import write_frame
 from densityrm_core.tables import DENSITY_WEIGHTS, PREFERENCE_PAIRS, PROMPT_EMBEDDINGS, PROMPTS
@@ -65,16 +65,7 @@ def tables(tmp_path: Path) -> Path:
     prompts = ["Hi", NASTY]
     pairs = [
         {
-            "pair_id": pair_id(pair),
-            "prompt_id": prompt_id(pair.prompt),
-            "prompt": pair.prompt,
-            "context": [turn._asdict() for turn in pair.context],
-            "chosen": pair.chosen,
-            "rejected": pair.rejected,
-            "score_chosen": pair.score_chosen,
-            "score_rejected": pair.score_rejected,
-            "src": src,
-            "origin": "a.jsonl:1",
+            **pair_row(pair, src, "a.jsonl:1"),
             "prompt_index": prompts.index(pair.prompt),
             "cluster": prompt_id(pair.prompt),
             "split": SPLITS[pair.prompt],
